@@ -1,0 +1,51 @@
+# Isthmus. `make help` lists what there is.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+CARGO ?= cargo
+STAY ?=
+WHAT ?=
+
+.PHONY: help demo test check lint unit e2e envoy tools build fmt clean
+
+help: ## This list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
+
+demo: tools envoy build ## Three clusters on this machine, real Envoy, the failover story (STAY=1 leaves it running)
+	@target/debug/isthmus-demo --dir target/demo $(if $(STAY),--stay)
+
+test: tools envoy ## Everything CI runs: formatting, lints, unit, property and end-to-end tests
+	@$(MAKE) --no-print-directory lint
+	@echo "== unit and property tests"
+	@$(CARGO) test --workspace --exclude isthmus-e2e
+	@$(MAKE) --no-print-directory e2e
+
+check: ## The fast inner loop: formatting, lints, unit tests of the pure crates
+	@$(MAKE) --no-print-directory lint
+	@$(CARGO) test -q -p isthmus-model -p isthmus-api
+
+lint: ## Formatting and clippy, warnings denied
+	@echo "== formatting"
+	@$(CARGO) fmt --all --check
+	@echo "== clippy"
+	@$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+e2e: tools envoy build ## End-to-end tests with real processes (WHAT=name for one suite)
+	@echo "== end-to-end tests"
+	@$(CARGO) test -p isthmus-e2e $(if $(WHAT),--test $(WHAT)) -- --nocapture --test-threads=1
+
+build: ## All programs, debug
+	@echo "== build"
+	@$(CARGO) build --workspace --bins --locked
+
+envoy: ## Fetch the pinned Envoy into .tools/
+	@deploy/tools/fetch-envoy.sh
+
+tools: ## Install missing Debian packages (needs root only if one is missing)
+	@deploy/tools/require.sh cc dig setpriv python3
+
+fmt: ## Format the code
+	@$(CARGO) fmt --all
+
+clean: ## Remove all that was built
+	@$(CARGO) clean

@@ -1,0 +1,222 @@
+//! What can be typed, with an example for each command.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use isthmus_model::ids::{ClusterName, ServiceName};
+
+/// Look at and steer an Isthmus federation.
+#[derive(Debug, Parser)]
+#[command(
+    name = "isthmusctl",
+    version,
+    about,
+    max_term_width = 110,
+    after_help = "Examples:\n  \
+        isthmusctl status                                   clusters, consumers, applied revisions, problems\n  \
+        isthmusctl cluster join-token us-east               a token for a new cluster's agent\n  \
+        isthmusctl explain shop/cart --from us-east         where cart's traffic goes, and why\n  \
+        isthmusctl wait --timeout 30s                       until everyone has the latest revision\n\n\
+        The context file says which control plane to talk to, and as whom. The control plane writes one on its first \
+        start: <stateDir>/admin/context.yaml."
+)]
+pub(crate) struct Cli {
+    /// Context file [default: ~/.isthmus/context.yaml]
+    #[arg(long, global = true, env = "ISTHMUS_CONTEXT", value_name = "FILE")]
+    pub(crate) context: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Admit, list and revoke clusters
+    #[command(subcommand)]
+    Cluster(ClusterCommand),
+    /// Clusters, their consumers, applied revisions and problems
+    #[command(after_help = "Examples:\n  isthmusctl status\n  isthmusctl status --watch\n  \
+        isthmusctl status -o json | jq '.clusters[].name'")]
+    Status(StatusArgs),
+    /// List services or clusters of the federation
+    #[command(subcommand)]
+    Get(GetCommand),
+    /// Where a service's traffic from a cluster goes, and why
+    #[command(after_help = "Examples:\n  isthmusctl explain shop/cart --from us-east\n  \
+        isthmusctl explain shop/cart --from us-east --port 80 -o json\n\n\
+        Exit code 1 if no cluster can take the traffic.")]
+    Explain(ExplainArgs),
+    /// Wait until the clusters have applied a revision
+    #[command(after_help = "Examples:\n  isthmusctl wait\n  isthmusctl wait --revision 42 --timeout 30s\n  \
+        isthmusctl wait --cluster us-east\n\n\
+        Every connected consumer of every active cluster counts. On timeout: exit code 1, and who lags.")]
+    Wait(WaitArgs),
+    /// This program's version
+    #[command(after_help = "Example:\n  isthmusctl version")]
+    Version,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ClusterCommand {
+    /// Mint a one-time token with which an agent joins as this cluster
+    #[command(after_help = "Examples:\n  isthmusctl cluster join-token us-east > us-east.token\n  \
+        isthmusctl cluster join-token us-east --ttl 1h\n\n\
+        Only the token goes to stdout. It can be used once and pins the control plane's CA.")]
+    JoinToken {
+        /// The cluster's name in the federation
+        name: ClusterName,
+        /// How long it may be used, 1s to 24h
+        #[arg(long, default_value = "15m", value_parser = parse_ttl)]
+        ttl: Duration,
+    },
+    /// Cut a cluster off for good
+    #[command(after_help = "Examples:\n  isthmusctl cluster revoke us-west\n  \
+        isthmusctl cluster revoke us-west --yes     without asking\n\n\
+        Its tunnels and sessions end within a second and its exports vanish. It cannot be undone: the name stays \
+        refused.")]
+    Revoke {
+        /// The cluster's name in the federation
+        name: ClusterName,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+    /// List clusters
+    #[command(after_help = "Examples:\n  isthmusctl cluster list\n  isthmusctl cluster list -o yaml")]
+    List(FormatArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum GetCommand {
+    /// Global services: kind, ports, who exports them, conflicts
+    #[command(
+        visible_alias = "service",
+        after_help = "Examples:\n  isthmusctl get services\n  \
+        isthmusctl get services -o yaml"
+    )]
+    Services(FormatArgs),
+    /// Member clusters: locality, state, gateways
+    #[command(
+        visible_alias = "cluster",
+        after_help = "Examples:\n  isthmusctl get clusters\n  \
+        isthmusctl get clusters -o json"
+    )]
+    Clusters(FormatArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FormatArgs {
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = Format::Table)]
+    pub(crate) output: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+    /// Print again on every change, until Ctrl-C
+    #[arg(short, long)]
+    pub(crate) watch: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// namespace/name
+    pub(crate) service: ServiceName,
+    /// The cluster whose traffic is asked about
+    #[arg(long, value_name = "CLUSTER")]
+    pub(crate) from: ClusterName,
+    /// A port of the service; absent: any
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) port: Option<u16>,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WaitArgs {
+    /// A revision, or "latest": the control plane's at this moment
+    #[arg(long, default_value = "latest")]
+    pub(crate) revision: Target,
+    /// Give up after this long
+    #[arg(long, default_value = "60s", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: Duration,
+    /// Look at this cluster only
+    #[arg(long, value_name = "NAME")]
+    pub(crate) cluster: Option<ClusterName>,
+}
+
+/// How to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people
+    Table,
+    /// All that the control plane tells
+    Json,
+    /// The same, as YAML
+    Yaml,
+}
+
+/// Which revision to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    Latest,
+    Revision(u64),
+}
+
+impl std::str::FromStr for Target {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        if s == "latest" {
+            return Ok(Self::Latest);
+        }
+        s.parse().map(Self::Revision).map_err(|_| format!("{s:?} is neither a number nor \"latest\""))
+    }
+}
+
+fn parse_ttl(s: &str) -> Result<Duration, String> {
+    let ttl = humantime::parse_duration(s).map_err(|e| format!("{e}; write for example 15m or 1h"))?;
+    let allowed = Duration::from_secs(1)..=Duration::from_secs(86_400);
+    if allowed.contains(&ttl) { Ok(ttl) } else { Err("must be between 1s and 24h".to_owned()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_an_example() {
+        fn check(command: &clap::Command) {
+            if command.get_subcommands().next().is_none() && command.get_name() != "help" {
+                let help = command.clone().render_help().to_string();
+                assert!(help.contains("Example"), "{}", command.get_name());
+            }
+            command.get_subcommands().for_each(check);
+        }
+        check(&Cli::command());
+    }
+
+    #[test]
+    fn a_token_lives_a_day_at_most() {
+        let parse = |ttl| Cli::try_parse_from(["isthmusctl", "cluster", "join-token", "a", "--ttl", ttl]);
+        assert!(parse("24h").is_ok());
+        for bad in ["0s", "25h", "soon"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn names_are_checked_before_anything_is_sent() {
+        let parse = |name| Cli::try_parse_from(["isthmusctl", "cluster", "revoke", name]);
+        assert!(parse("us-east").is_ok());
+        assert!(parse("../status").is_err());
+    }
+}

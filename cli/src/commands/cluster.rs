@@ -1,0 +1,110 @@
+//! `isthmusctl cluster`: admit, cut off, list.
+
+use std::io::{BufRead as _, IsTerminal as _, Write};
+
+use anyhow::bail;
+use isthmus_model::ids::ClusterName;
+use serde_json::Value;
+
+use super::{now, rough};
+use crate::{
+    Verdict,
+    args::{ClusterCommand, Format},
+    client::Client,
+    output,
+    shapes::{Cluster, Revoked, Session, Status, TokenRequest, TokenResponse},
+    suggest,
+    table::Table,
+};
+
+pub(super) async fn run(client: &Client, command: ClusterCommand, out: &mut dyn Write) -> anyhow::Result<Verdict> {
+    match command {
+        ClusterCommand::JoinToken { name, ttl } => {
+            let path = Client::cluster_path(&name, "join-token");
+            let response: TokenResponse = client.post(&path, &TokenRequest { ttl_seconds: ttl.as_secs() }).await?;
+            writeln!(out, "{}", response.token)?;
+            eprintln!(
+                "Valid once, for {}. On {name}'s machine: write it into the file that joinTokenFile in the agent's \
+                 configuration names, then start `isthmus-agent run`.",
+                humantime::format_duration(ttl)
+            );
+        }
+        ClusterCommand::Revoke { name, yes } => return revoke(client, &name, yes, out).await,
+        ClusterCommand::List(args) => {
+            let raw: Value = client.get("status").await?;
+            match args.output {
+                Format::Json => output::json(out, raw.get("clusters").unwrap_or(&Value::Null))?,
+                Format::Yaml => output::yaml(out, raw.get("clusters").unwrap_or(&Value::Null))?,
+                Format::Table => {
+                    let status: Status = serde_json::from_value(raw)?;
+                    write!(out, "{}", list(&status))?;
+                }
+            }
+        }
+    }
+    Ok(Verdict::Yes)
+}
+
+async fn revoke(client: &Client, name: &ClusterName, yes: bool, out: &mut dyn Write) -> anyhow::Result<Verdict> {
+    let status: Status = client.get("status").await?;
+    let Some(cluster) = status.clusters.iter().find(|c| c.name == name.as_str()) else {
+        bail!(unknown_cluster(name, &status));
+    };
+    if !cluster.is_active() {
+        eprintln!("{name} is revoked already.");
+        return Ok(Verdict::Yes);
+    }
+    if !yes && !confirmed(name)? {
+        eprintln!("Nothing was changed.");
+        return Ok(Verdict::No);
+    }
+    let revoked: Revoked =
+        client.post(&Client::cluster_path(name, "revoke"), &Value::Object(Default::default())).await?;
+    writeln!(out, "{name} revoked at revision {}", revoked.stamp)?;
+    eprintln!("`isthmusctl wait` tells when every connected consumer has it.");
+    Ok(Verdict::Yes)
+}
+
+/// Asks for the name, as it cannot be undone.
+fn confirmed(name: &ClusterName) -> anyhow::Result<bool> {
+    let stdin = std::io::stdin();
+    if !stdin.is_terminal() {
+        bail!("revoking {name} cannot be undone: say --yes if there is nobody to ask");
+    }
+    eprint!("Revoking cuts {name} off for good. Type its name to go on: ");
+    let mut line = String::new();
+    stdin.lock().read_line(&mut line)?;
+    Ok(line.trim() == name.as_str())
+}
+
+/// With near names, if there are any.
+pub(super) fn unknown_cluster(name: &ClusterName, status: &Status) -> String {
+    let near = suggest::near(name.as_str(), status.clusters.iter().map(|c| c.name.clone()));
+    let hint = match near.as_slice() {
+        [] => "`isthmusctl cluster list` shows all".to_owned(),
+        near => format!("did you mean {}?", near.join(" or ")),
+    };
+    format!("there is no cluster {name} in this federation; {hint}")
+}
+
+fn list(status: &Status) -> String {
+    let mut table = Table::new(&["NAME", "STATE", "REGION", "ZONE", "SESSION"]);
+    for c in &status.clusters {
+        table.row([c.name.clone(), c.state.clone(), c.region.clone(), c.zone.clone(), session(c)]);
+    }
+    if table.is_empty() {
+        return "No cluster has joined yet. `isthmusctl cluster join-token NAME` makes the first token.\n".to_owned();
+    }
+    table.render(0)
+}
+
+/// "connected", or since when it is not.
+pub(super) fn session(cluster: &Cluster) -> String {
+    match cluster.session {
+        Some(Session { connected: true, .. }) => "connected".to_owned(),
+        Some(Session { last_seen_ms: Some(at), .. }) if at > 0 => {
+            format!("lost {} ago", rough(now().since(isthmus_model::time::Timestamp(at))))
+        }
+        _ => "never seen".to_owned(),
+    }
+}

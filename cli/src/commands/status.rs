@@ -1,0 +1,112 @@
+//! `isthmusctl status`: clusters, consumers, applied revisions, problems.
+
+use std::{io::Write, time::Duration};
+
+use serde_json::Value;
+
+use super::cluster::session;
+use crate::{
+    Verdict,
+    args::{Format, StatusArgs},
+    client::Client,
+    output,
+    shapes::{Cluster, Status},
+    table::Table,
+};
+
+const INTERVAL: Duration = Duration::from_secs(1);
+
+pub(super) async fn run(client: &Client, args: StatusArgs, out: &mut dyn Write) -> anyhow::Result<Verdict> {
+    let mut shown = None;
+    loop {
+        let text = match client.get::<Value>("status").await.and_then(|raw| print(raw, args.format.output)) {
+            Ok(text) => text,
+            // Someone who watches wants to see it come back.
+            Err(error) if args.watch && shown.is_some() => format!("{error:#}\n"),
+            Err(error) => return Err(error),
+        };
+        if shown.as_ref() != Some(&text) {
+            if shown.is_some() && args.format.output == Format::Table {
+                writeln!(out)?;
+            }
+            write!(out, "{text}")?;
+            out.flush()?;
+            shown = Some(text);
+        }
+        if !args.watch {
+            return Ok(Verdict::Yes);
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
+fn print(raw: Value, format: Format) -> anyhow::Result<String> {
+    let mut out = Vec::new();
+    match format {
+        Format::Json => output::json(&mut out, &raw)?,
+        Format::Yaml => output::yaml(&mut out, &raw)?,
+        Format::Table => return Ok(render(&serde_json::from_value(raw)?)),
+    }
+    Ok(String::from_utf8(out)?)
+}
+
+/// The tables.
+pub(super) fn render(status: &Status) -> String {
+    let mut text = format!("Federation {}, revision {}, node {}\n\n", status.federation, status.stamp, status.node);
+    if status.clusters.is_empty() {
+        text.push_str("No cluster has joined yet. `isthmusctl cluster join-token NAME` makes the first token.\n");
+        return text;
+    }
+    let mut clusters = Table::new(&["CLUSTER", "STATE", "REGION", "ZONE", "SESSION", "CONSUMERS", "PROBLEMS"]);
+    let mut consumers = Table::new(&["CLUSTER", "CONSUMER", "CONNECTED", "APPLIED", "LAG"]);
+    for c in &status.clusters {
+        let connected = c.consumers.iter().filter(|x| x.connected).count();
+        clusters.row([
+            c.name.clone(),
+            c.state.clone(),
+            c.region.clone(),
+            c.zone.clone(),
+            session(c),
+            format!("{connected}/{}", c.consumers.len()),
+            problems(c).len().to_string(),
+        ]);
+        for x in &c.consumers {
+            consumers.row([
+                c.name.clone(),
+                format!("{}/{}", x.kind, x.name),
+                if x.connected { "yes" } else { "no" }.to_owned(),
+                x.applied.map(|s| s.to_string()).unwrap_or_default(),
+                x.lag_revisions.to_string(),
+            ]);
+        }
+    }
+    text.push_str(&clusters.render(0));
+    if !consumers.is_empty() {
+        text.push('\n');
+        text.push_str(&consumers.render(0));
+    }
+    let mut found = Table::new(&["CLUSTER", "WHERE", "PROBLEM"]);
+    for c in &status.clusters {
+        for (at, problem) in problems(c) {
+            found.row([c.name.clone(), at, problem]);
+        }
+    }
+    if !found.is_empty() {
+        text.push('\n');
+        text.push_str(&found.render(0));
+    }
+    text
+}
+
+/// Where and what: of the cluster's manifests, then of its consumers.
+fn problems(cluster: &Cluster) -> Vec<(String, String)> {
+    let own = cluster.problems.iter().map(|p| {
+        let field = if p.field.is_empty() { String::new() } else { format!("{}: ", p.field) };
+        (p.at.clone(), format!("{field}{}", p.message))
+    });
+    let consumers = cluster
+        .consumers
+        .iter()
+        .flat_map(|c| c.problems.iter().map(move |p| (format!("{}/{}", c.kind, c.name), p.clone())));
+    own.chain(consumers).collect()
+}

@@ -1,0 +1,142 @@
+//! The admin REST's answers, as far as this program reads them. Unknown fields are ignored, so that an older
+//! `isthmusctl` can look at a newer control plane.
+
+use isthmus_model::{
+    availability::{Availability, Observations},
+    ids::{ClusterName, ServiceName},
+    time::Timestamp,
+};
+use serde::{Deserialize, Serialize};
+
+/// `GET /v1/status`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Status {
+    pub(crate) federation: String,
+    pub(crate) stamp: Stamp,
+    pub(crate) node: String,
+    #[serde(default)]
+    pub(crate) clusters: Vec<Cluster>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Cluster {
+    pub(crate) name: String,
+    pub(crate) state: String,
+    #[serde(default)]
+    pub(crate) region: String,
+    #[serde(default)]
+    pub(crate) zone: String,
+    #[serde(default)]
+    pub(crate) session: Option<Session>,
+    #[serde(default)]
+    pub(crate) consumers: Vec<Consumer>,
+    #[serde(default)]
+    pub(crate) problems: Vec<Problem>,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Session {
+    pub(crate) connected: bool,
+    /// Unix time in milliseconds; 0: never.
+    #[serde(default)]
+    pub(crate) last_seen_ms: Option<u64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Consumer {
+    pub(crate) kind: String,
+    pub(crate) name: String,
+    #[serde(default)]
+    pub(crate) applied: Option<Stamp>,
+    pub(crate) connected: bool,
+    #[serde(default)]
+    pub(crate) lag_revisions: u64,
+    #[serde(default)]
+    pub(crate) problems: Vec<String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(crate) struct Problem {
+    pub(crate) at: String,
+    #[serde(default)]
+    pub(crate) field: String,
+    pub(crate) message: String,
+}
+
+/// Ordered as [`isthmus_model::ids::Stamp`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub(crate) struct Stamp {
+    pub(crate) epoch: u64,
+    pub(crate) revision: u64,
+}
+
+/// One entry of `GET /v1/availability/{cluster}`.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Reported {
+    pub(crate) service: ServiceName,
+    pub(crate) cluster: ClusterName,
+    #[serde(flatten)]
+    pub(crate) current: Availability,
+}
+
+/// `POST /v1/clusters/{name}/join-token`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct TokenRequest {
+    pub(crate) ttl_seconds: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct TokenResponse {
+    pub(crate) token: String,
+}
+
+/// `POST /v1/clusters/{name}/revoke`.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Revoked {
+    pub(crate) stamp: Stamp,
+}
+
+/// What every failed call carries.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Failure {
+    pub(crate) error: FailureDetail,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct FailureDetail {
+    pub(crate) code: String,
+    pub(crate) message: String,
+    #[serde(default)]
+    pub(crate) field: Option<String>,
+}
+
+impl std::fmt::Display for Stamp {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.epoch, self.revision)
+    }
+}
+
+impl Cluster {
+    pub(crate) fn is_active(&self) -> bool {
+        self.state.eq_ignore_ascii_case("active")
+    }
+
+    pub(crate) fn is_connected(&self) -> bool {
+        self.session.is_some_and(|s| s.connected)
+    }
+}
+
+/// The reports as evidence for the choice. When each cluster recovered is not reported, so no hold-down shows.
+pub(crate) fn observations(reports: &[Reported], now: Timestamp) -> Observations {
+    let mut observed = Observations::default();
+    for report in reports {
+        observed.observe(&report.service, &report.cluster, report.current, now);
+    }
+    observed
+}

@@ -1,0 +1,444 @@
+//! The agent's mutable state, sans IO: events in, an immutable view out.
+//!
+//! Level-triggered: whatever changes, everything that depends on it is computed again from what is held, so the order of
+//! events does not matter and a lost one heals with the next. What holds: a gateway or sidecar whose stream ends without
+//! a goodbye stays as it was (the data path judges it); an older session never overrides a newer one of the same name.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::Ipv4Net;
+use isthmus_api::convert::{AvailabilityReport, Problem, limits};
+use isthmus_model::{
+    availability::{Availability, Observations},
+    global::{ClusterState, GlobalSnapshot},
+    ids::{ClusterName, ServiceName, TrustDomain, Zone},
+    local::{Endpoint, LocalEndpoints},
+    service::{Export, GatewayAddress},
+    time::Timestamp,
+};
+use serde::{Deserialize, Serialize};
+
+use super::reports::{self, Said};
+use crate::{
+    index::{
+        self, Context, Index,
+        endpoints::{Probed, exported, join},
+    },
+    source::folder::Manifests,
+    status::problem,
+    view::{LocalEndpoint, LocalGateway, Sidecar, View},
+};
+
+/// Sidecars known at once, connected or not.
+const MAX_SIDECARS: usize = 10_000;
+/// A sidecar not heard of for this long is forgotten: its certificate has run out.
+const FORGET_SIDECAR: Duration = Duration::from_secs(24 * 60 * 60);
+/// A gateway that said goodbye and did not come back for this long is forgotten.
+const FORGET_GATEWAY: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// Tells one connection of a name from the next.
+pub type Session = u64;
+
+/// Who this cluster is.
+#[derive(Clone, Debug)]
+pub struct Own {
+    /// Its name.
+    pub cluster: ClusterName,
+    /// Its trust domain.
+    pub trust_domain: TrustDomain,
+    /// Where its VIPs lie.
+    pub vip_range: Ipv4Net,
+    /// For endpoints that name no zone.
+    pub zone: Zone,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The source's objects, whole.
+    Manifests(Arc<Manifests>),
+    /// An accepted state of the federation.
+    Global(Arc<GlobalSnapshot>),
+    /// A gateway's stream.
+    Gateway(String, Session, GatewayEvent),
+    /// A sidecar launcher's stream.
+    Sidecar(String, Session, SidecarEvent),
+}
+
+/// What a gateway's stream brings.
+#[derive(Clone, Debug)]
+pub enum GatewayEvent {
+    /// First.
+    Hello(LocalGateway),
+    /// All it knows of other clusters.
+    Report(AvailabilityReport),
+    /// It takes no new traffic.
+    Draining,
+    /// The stream broke.
+    Lost,
+    /// The stream ended in order: it goes on purpose.
+    Goodbye,
+}
+
+/// What a launcher's stream brings.
+#[derive(Clone, Debug)]
+pub enum SidecarEvent {
+    /// First.
+    Hello(Sidecar),
+    /// By inbound port.
+    Readiness(BTreeMap<u16, bool>),
+    /// The stream broke.
+    Lost,
+    /// The stream ended in order: the workload goes on purpose.
+    Goodbye,
+}
+
+/// Why a hello was not accepted; for the one who said it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Another workload is connected under the name.
+    #[error("the sidecar name {name:?} is in use by {by}; give each sidecar a name of its own")]
+    NameTaken {
+        /// Which.
+        name: String,
+        /// Whose it is.
+        by: String,
+    },
+    /// Too many.
+    #[error("this agent knows {0} of them already, which is the limit")]
+    Full(usize),
+}
+
+/// What outlives a restart.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Members {
+    /// By name.
+    pub gateways: BTreeMap<String, GatewayRecord>,
+    /// By name.
+    pub sidecars: BTreeMap<String, SidecarRecord>,
+    /// When each export was first seen: its age decides conflicts.
+    pub first_seen: BTreeMap<ServiceName, Timestamp>,
+    /// So that a restart ends no hold-down.
+    pub observations: Arc<Observations>,
+}
+
+/// A gateway, remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GatewayRecord {
+    /// As registered.
+    pub gateway: LocalGateway,
+    /// When its stream was last up.
+    pub seen: Timestamp,
+}
+
+/// A sidecar, remembered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SidecarRecord {
+    /// As registered.
+    pub sidecar: Sidecar,
+    /// What its launcher last said of the app, by inbound port.
+    pub ready: BTreeMap<u16, bool>,
+    /// When its stream was last up.
+    pub seen: Timestamp,
+}
+
+/// What the control plane is to be told: exports and gateways. The bundle joins it in the uplink.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Intent {
+    /// By name.
+    pub exports: BTreeMap<ServiceName, Export>,
+    /// Sorted by name.
+    pub gateways: Vec<GatewayAddress>,
+}
+
+/// The state. [`State::apply`] and [`State::tick`] change it; the rest reads.
+#[derive(Debug)]
+pub struct State {
+    own: Own,
+    global: Arc<GlobalSnapshot>,
+    manifests: Arc<Manifests>,
+    index: Index,
+    endpoints: Arc<LocalEndpoints>,
+    exported: Arc<LocalEndpoints>,
+    viewed: Arc<BTreeMap<ServiceName, Vec<LocalEndpoint>>>,
+    mismatches: Vec<Problem>,
+    members: Members,
+    gateways: BTreeMap<String, (Session, Said)>,
+    sidecars: BTreeMap<String, Session>,
+}
+
+impl State {
+    /// What is known before anything happens.
+    pub fn new(
+        own: Own,
+        global: Arc<GlobalSnapshot>,
+        manifests: Arc<Manifests>,
+        members: Members,
+        now: Timestamp,
+    ) -> Self {
+        let mut state = Self {
+            own,
+            global,
+            manifests,
+            index: Index::default(),
+            endpoints: Arc::default(),
+            exported: Arc::default(),
+            viewed: Arc::default(),
+            mismatches: Vec::new(),
+            members,
+            gateways: BTreeMap::new(),
+            sidecars: BTreeMap::new(),
+        };
+        state.reindex(now);
+        state
+    }
+
+    /// Takes one event.
+    pub fn apply(&mut self, event: Event, now: Timestamp) -> Result<(), Refusal> {
+        match event {
+            Event::Manifests(manifests) => {
+                self.manifests = manifests;
+                self.reindex(now);
+            }
+            Event::Global(global) => {
+                self.global = global;
+                self.observe(now);
+            }
+            Event::Gateway(name, session, event) => self.gateway(name, session, event, now)?,
+            Event::Sidecar(name, session, event) => self.sidecar(name, session, event, now)?,
+        }
+        Ok(())
+    }
+
+    /// Time passed.
+    pub fn tick(&mut self, now: Timestamp) {
+        let live = &self.sidecars;
+        let before = self.members.sidecars.len();
+        self.members.sidecars.retain(|name, r| live.contains_key(name) || now.since(r.seen) < FORGET_SIDECAR);
+        if self.members.sidecars.len() != before {
+            self.rejoin(now);
+        }
+        let live = &self.gateways;
+        let connected = |name: &String| live.get(name).is_some_and(|(_, said)| said.silent_since.is_none());
+        self.members
+            .gateways
+            .retain(|name, r| !r.gateway.draining || connected(name) || now.since(r.seen) < FORGET_GATEWAY);
+        self.observe(now);
+    }
+
+    /// When something will change without an event: a hold-down or a report's freshness ends.
+    pub fn next_change(&self, now: Timestamp) -> Option<Timestamp> {
+        let hold_down = self.global.settings.failover.hold_down;
+        let recovering = self.members.observations.iter().filter_map(|(_, _, o)| Some(o.recovered_at? + hold_down));
+        let stale = self.gateways.values().filter_map(|(_, said)| said.stale_at(now));
+        recovering.filter(|at| *at > now).chain(stale).min()
+    }
+
+    /// Everything, immutable.
+    pub fn view(&self) -> View {
+        View {
+            cluster: self.own.cluster.clone(),
+            vip_range: self.own.vip_range,
+            global: self.global.clone(),
+            endpoints: self.viewed.clone(),
+            gateways: self.members.gateways.iter().map(|(name, r)| (name.clone(), r.gateway.clone())).collect(),
+            sidecars: self.members.sidecars.iter().map(|(name, r)| (name.clone(), r.sidecar.clone())).collect(),
+            observations: self.members.observations.clone(),
+        }
+    }
+
+    /// Endpoints of exported Services, for gateways.
+    pub fn exported(&self) -> Arc<LocalEndpoints> {
+        self.exported.clone()
+    }
+
+    /// What to publish; `None` until the source was read whole.
+    pub fn intent(&self) -> Option<Intent> {
+        let address = |r: &GatewayRecord| GatewayAddress { name: r.gateway.name.clone(), tunnel: r.gateway.tunnel };
+        self.manifests.synced.then(|| Intent {
+            exports: self.index.exports.clone(),
+            gateways: self.members.gateways.values().map(address).collect(),
+        })
+    }
+
+    /// Objects, sidecars and Services that do not fit together.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut all: Vec<_> = self.index.problems.iter().chain(&self.mismatches).cloned().collect();
+        let own = self.global.clusters.get(&self.own.cluster);
+        if own.is_some_and(|c| c.state == ClusterState::Revoked) {
+            all.push(problem(
+                format!("cluster {}", self.own.cluster),
+                "is revoked: the other clusters refuse it; to take part again, join under a new name with an empty state folder",
+            ));
+        }
+        all
+    }
+
+    /// What a restart begins with.
+    pub fn members(&self) -> &Members {
+        &self.members
+    }
+
+    fn gateway(&mut self, name: String, session: Session, event: GatewayEvent, now: Timestamp) -> Result<(), Refusal> {
+        if let GatewayEvent::Hello(gateway) = event {
+            if !self.members.gateways.contains_key(&name) && self.members.gateways.len() >= limits::GATEWAYS {
+                return Err(Refusal::Full(limits::GATEWAYS));
+            }
+            if self.gateways.get(&name).is_some_and(|(s, _)| *s > session) {
+                return Ok(());
+            }
+            self.members.gateways.insert(name.clone(), GatewayRecord { gateway, seen: now });
+            // What its last connection reported stays until this one reports.
+            let said = self.gateways.remove(&name).map(|(_, said)| said.reports).unwrap_or_default();
+            self.gateways.insert(name, (session, Said { reports: said, silent_since: None }));
+            self.observe(now);
+            return Ok(());
+        }
+        let Some((current, said)) = self.gateways.get_mut(&name) else { return Ok(()) };
+        let Some(record) = self.members.gateways.get_mut(&name) else { return Ok(()) };
+        if *current != session {
+            return Ok(());
+        }
+        record.seen = now;
+        match event {
+            GatewayEvent::Report(report) => said.reports = report.availability,
+            GatewayEvent::Draining => record.gateway.draining = true,
+            GatewayEvent::Goodbye => {
+                record.gateway.draining = true;
+                said.silent_since = Some(now);
+            }
+            GatewayEvent::Lost => said.silent_since = Some(now),
+            GatewayEvent::Hello(_) => {}
+        }
+        self.observe(now);
+        Ok(())
+    }
+
+    fn sidecar(&mut self, name: String, session: Session, event: SidecarEvent, now: Timestamp) -> Result<(), Refusal> {
+        if let SidecarEvent::Hello(sidecar) = event {
+            let known = self.members.sidecars.get(&name);
+            if let Some(other) = known.filter(|r| r.sidecar.identity != sidecar.identity)
+                && self.sidecars.contains_key(&name)
+            {
+                return Err(Refusal::NameTaken { name, by: other.sidecar.identity.to_string() });
+            }
+            if known.is_none() && self.members.sidecars.len() >= MAX_SIDECARS {
+                return Err(Refusal::Full(MAX_SIDECARS));
+            }
+            if self.sidecars.get(&name).is_some_and(|s| *s > session) {
+                return Ok(());
+            }
+            // The same workload again: what was last known of its app stands until its launcher has probed it.
+            let same = known.filter(|r| r.sidecar.identity == sidecar.identity && r.sidecar.address == sidecar.address);
+            let ready = same.map(|r| r.ready.clone()).unwrap_or_default();
+            self.sidecars.insert(name.clone(), session);
+            self.members.sidecars.insert(name, SidecarRecord { sidecar, ready, seen: now });
+            self.rejoin(now);
+            return Ok(());
+        }
+        if self.sidecars.get(&name) != Some(&session) {
+            return Ok(());
+        }
+        let Some(record) = self.members.sidecars.get_mut(&name) else { return Ok(()) };
+        record.seen = now;
+        match event {
+            SidecarEvent::Readiness(ready) => {
+                let accepted: BTreeSet<_> = record.sidecar.inbound.iter().map(|i| i.port).collect();
+                record.ready = ready.into_iter().filter(|(port, _)| accepted.contains(port)).collect();
+            }
+            SidecarEvent::Goodbye => {
+                record.ready.clear();
+                self.sidecars.remove(&name);
+            }
+            SidecarEvent::Lost => drop(self.sidecars.remove(&name)),
+            SidecarEvent::Hello(_) => {}
+        }
+        self.rejoin(now);
+        Ok(())
+    }
+
+    fn reindex(&mut self, now: Timestamp) {
+        let context = Context { trust_domain: &self.own.trust_domain, first_seen: &self.members.first_seen, now };
+        self.index = index::build(&self.manifests.files, context);
+        self.members.first_seen = self.index.exports.iter().map(|(name, e)| (name.clone(), e.created_at)).collect();
+        self.rejoin(now);
+    }
+
+    fn rejoin(&mut self, now: Timestamp) {
+        let probed = self.members.sidecars.values().map(|r| Probed { sidecar: &r.sidecar, ready: &r.ready });
+        let (endpoints, mismatches) = join(&self.index, probed, &self.own.zone);
+        self.mismatches = mismatches;
+        if *self.endpoints != endpoints {
+            self.viewed =
+                Arc::new(endpoints.services.iter().map(|(n, e)| (n.clone(), e.iter().map(viewed).collect())).collect());
+            self.endpoints = Arc::new(endpoints);
+        }
+        let exported = exported(&self.endpoints, &self.index);
+        if *self.exported != exported {
+            self.exported = Arc::new(exported);
+        }
+        self.observe(now);
+    }
+
+    /// Brings the observations in line with endpoints, reports and exporters.
+    fn observe(&mut self, now: Timestamp) {
+        let observations = &mut self.members.observations;
+        let own = &self.own.cluster;
+        let exports = |service: &ServiceName, cluster: &ClusterName| {
+            self.global.services.get(service).is_some_and(|s| s.exporters.contains_key(cluster))
+        };
+        let mut current: BTreeMap<(ServiceName, ClusterName), Availability> = BTreeMap::new();
+        for ((service, cluster), availability) in reports::merge(self.gateways.values().map(|(_, said)| said), now) {
+            if cluster != own && exports(service, cluster) {
+                current.insert((service.clone(), cluster.clone()), availability);
+            }
+        }
+        for (service, endpoints) in &self.endpoints.services {
+            current.insert((service.clone(), own.clone()), local(endpoints));
+        }
+        let gone = |service: &ServiceName, cluster: &ClusterName| match cluster == own {
+            true => !self.endpoints.services.contains_key(service),
+            false => !exports(service, cluster),
+        };
+        let gone: Vec<_> = observations
+            .iter()
+            .filter(|(service, cluster, _)| gone(service, cluster))
+            .map(|(service, cluster, _)| (service.clone(), cluster.clone()))
+            .collect();
+        for (service, cluster) in gone {
+            Arc::make_mut(observations).forget(&service, &cluster);
+        }
+        for ((service, cluster), availability) in current {
+            if observations.find(&service, &cluster).is_none_or(|known| known.current != availability) {
+                Arc::make_mut(observations).observe(&service, &cluster, availability, now);
+            }
+        }
+    }
+}
+
+/// This cluster's own availability of one Service.
+fn local(endpoints: &[Endpoint]) -> Availability {
+    let count = |n: usize| u8::try_from(n).unwrap_or(u8::MAX);
+    Availability {
+        ready: count(endpoints.iter().filter(|e| e.is_serving()).count()),
+        total: count(endpoints.len()),
+        reachable: true,
+    }
+}
+
+fn viewed(endpoint: &Endpoint) -> LocalEndpoint {
+    LocalEndpoint {
+        ip: endpoint.ip,
+        ports: endpoint.ports.clone(),
+        ready: endpoint.ready,
+        has_sidecar: endpoint.has_sidecar,
+    }
+}
+
+#[cfg(test)]
+mod tests;

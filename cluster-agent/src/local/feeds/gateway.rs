@@ -1,0 +1,153 @@
+//! A gateway's feed: the federation's state and the exported endpoints down; its registration, the revision it applied
+//! and what it knows of other clusters up.
+
+use std::sync::Arc;
+
+use isthmus_api::{
+    convert::{AvailabilityReport, ConsumerKind},
+    proto::local::v1::{GatewayMessage, GatewayUpdate, gateway_message, gateway_update},
+};
+use isthmus_model::{
+    ids::Stamp,
+    local::{LocalEndpoints, LocalGateway as Hello},
+};
+use tokio::sync::{mpsc::Sender, watch};
+use tonic::{Status, Streaming};
+
+use super::{End, Parts, first, hello_again, hello_missing, place, taken};
+use crate::{
+    hub::{
+        Feeds,
+        state::{Event, GatewayEvent, Session},
+    },
+    view::LocalGateway,
+};
+
+type Out = Sender<Result<GatewayUpdate, Status>>;
+
+pub(super) async fn run(parts: &Parts, mut inbound: Streaming<GatewayMessage>, out: &Out) -> Result<(), Status> {
+    let Some(gateway_message::Kind::Hello(hello)) = first(&mut inbound).await?.kind else {
+        return Err(hello_missing());
+    };
+    let hello = Hello::try_from(hello)?;
+    let name = hello.name.clone();
+    let session = parts.hub.session();
+    let gateway = LocalGateway {
+        name: hello.name,
+        tunnel: hello.tunnel,
+        ip: hello.local_ip,
+        auto_port: hello.auto_port,
+        pinned_port_base: hello.pinned_port_base,
+        draining: false,
+    };
+    taken(parts.hub.send(Event::Gateway(name.clone(), session, GatewayEvent::Hello(gateway))).await)?;
+    parts.status.attached(ConsumerKind::Gateway, &name, session);
+    tracing::info!(gateway = %name, "gateway connected");
+    let stream = Stream { parts, name: &name, session, feeds: parts.hub.feeds.clone(), sent: Sent::default() };
+    let outcome = stream.run(inbound, out).await;
+    parts.status.detached(ConsumerKind::Gateway, &name, session);
+    let end = *outcome.as_ref().unwrap_or(&End::Lost);
+    tracing::info!(gateway = %name, ?end, "gateway disconnected");
+    let event = match end {
+        End::Goodbye => GatewayEvent::Goodbye,
+        End::Lost => GatewayEvent::Lost,
+        End::Shutdown => return Ok(()),
+    };
+    taken(parts.hub.send(Event::Gateway(name, session, event)).await)?;
+    outcome.map(|_| ())
+}
+
+struct Stream<'a> {
+    parts: &'a Parts,
+    name: &'a str,
+    session: Session,
+    feeds: watch::Receiver<Feeds>,
+    sent: Sent,
+}
+
+/// What the gateway was told last.
+#[derive(Default)]
+struct Sent {
+    stamp: Option<Stamp>,
+    endpoints: Option<Arc<LocalEndpoints>>,
+}
+
+impl Stream<'_> {
+    async fn run(mut self, mut inbound: Streaming<GatewayMessage>, out: &Out) -> Result<End, Status> {
+        loop {
+            let due = self.next().is_some();
+            // All branches are cancel-safe: a reserved place that is not used goes back.
+            tokio::select! {
+                () = self.parts.shutdown.requested() => return Ok(End::Shutdown),
+                place = place(out, due) => match (place, self.next()) {
+                    (Some(place), Some(update)) => {
+                        self.mark(&update);
+                        place.send(Ok(update.message()));
+                    }
+                    (Some(_), None) => {}
+                    (None, _) => return Ok(End::Lost),
+                },
+                () = out.closed() => return Ok(End::Lost),
+                message = inbound.message() => match message {
+                    Ok(Some(message)) => self.take(message).await?,
+                    Ok(None) => return Ok(End::Goodbye),
+                    Err(_) => return Ok(End::Lost),
+                },
+                changed = self.feeds.changed() => if changed.is_err() {
+                    return Ok(End::Shutdown);
+                },
+            }
+        }
+    }
+
+    async fn take(&self, message: GatewayMessage) -> Result<(), Status> {
+        let event = match message.kind {
+            Some(gateway_message::Kind::Hello(_)) => return Err(hello_again()),
+            Some(gateway_message::Kind::Applied(stamp)) => {
+                self.parts.status.applied(ConsumerKind::Gateway, self.name, Stamp::try_from(stamp)?);
+                return Ok(());
+            }
+            Some(gateway_message::Kind::Availability(report)) => {
+                GatewayEvent::Report(AvailabilityReport::try_from(report)?)
+            }
+            Some(gateway_message::Kind::Draining(_)) => GatewayEvent::Draining,
+            // Of a newer version.
+            None => return Ok(()),
+        };
+        taken(self.parts.hub.send(Event::Gateway(self.name.to_owned(), self.session, event)).await)
+    }
+
+    /// What the gateway does not have yet.
+    fn next(&self) -> Option<Update> {
+        let feeds = self.feeds.borrow();
+        let stamp = feeds.view.global.stamp;
+        // Stamp zero is the state before the first one.
+        if stamp != Stamp::default() && self.sent.stamp != Some(stamp) {
+            return Some(Update::Global(feeds.clone()));
+        }
+        let known = self.sent.endpoints.as_ref().is_some_and(|sent| Arc::ptr_eq(sent, &feeds.exported));
+        (!known).then(|| Update::Endpoints(feeds.exported.clone()))
+    }
+
+    fn mark(&mut self, update: &Update) {
+        match update {
+            Update::Global(feeds) => self.sent.stamp = Some(feeds.view.global.stamp),
+            Update::Endpoints(endpoints) => self.sent.endpoints = Some(endpoints.clone()),
+        }
+    }
+}
+
+enum Update {
+    Global(Feeds),
+    Endpoints(Arc<LocalEndpoints>),
+}
+
+impl Update {
+    fn message(&self) -> GatewayUpdate {
+        let kind = match self {
+            Self::Global(feeds) => gateway_update::Kind::Global((&*feeds.view.global).into()),
+            Self::Endpoints(endpoints) => gateway_update::Kind::Endpoints((&**endpoints).into()),
+        };
+        GatewayUpdate { kind: Some(kind) }
+    }
+}

@@ -1,0 +1,123 @@
+//! One Envoy process, which never outlives the launcher.
+//!
+//! A normal stop is the supervisor's affair. If the launcher itself is killed nothing runs any more that could stop Envoy, so
+//! the kernel must: `setpriv --pdeathsig KILL` (util-linux) sets the parent-death signal and then becomes Envoy. That signal
+//! comes when the *thread* ends that started the child, so each Envoy has a thread of its own, which starts it and waits for
+//! it. Without `setpriv` an Envoy left behind is found by its admin socket at the next start.
+
+use std::{
+    fs::OpenOptions,
+    io,
+    path::PathBuf,
+    process::{ExitStatus, Stdio},
+    thread,
+};
+
+use tokio::{process::Command, runtime, sync::oneshot};
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub(super) struct Launch {
+    pub(super) envoy: PathBuf,
+    pub(super) bootstrap: PathBuf,
+    pub(super) log: Option<PathBuf>,
+    pub(super) log_level: &'static str,
+    /// `None`: not installed.
+    pub(super) setpriv: Option<PathBuf>,
+}
+
+/// A running Envoy. Dropping it kills it.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) pid: Option<u32>,
+    kill: Option<oneshot::Sender<()>>,
+    exit: oneshot::Receiver<io::Result<ExitStatus>>,
+}
+
+impl Launch {
+    /// Starts Envoy; returns when it runs or could not be started.
+    pub(super) async fn start(&self) -> io::Result<Process> {
+        let (started_tx, started) = oneshot::channel();
+        let (kill, killed) = oneshot::channel::<()>();
+        let (exit_tx, exit) = oneshot::channel();
+        let launch = self.clone();
+        // Not a task: the child's life hangs on this very thread, and a pool may end its threads.
+        thread::Builder::new().name("envoy".to_owned()).spawn(move || {
+            let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(e) => return drop(started_tx.send(Err(e))),
+            };
+            let outcome = runtime.block_on(async {
+                let mut child = match launch.command().and_then(|mut c| c.spawn()) {
+                    Ok(child) => child,
+                    Err(e) => {
+                        drop(started_tx.send(Err(e)));
+                        return None;
+                    }
+                };
+                drop(started_tx.send(Ok(child.id())));
+                Some(tokio::select! {
+                    status = child.wait() => status,
+                    // Also when the sender is dropped.
+                    _ = killed => match child.start_kill() {
+                        Ok(()) => child.wait().await,
+                        Err(e) => Err(e),
+                    },
+                })
+            });
+            if let Some(outcome) = outcome {
+                drop(exit_tx.send(outcome));
+            }
+        })?;
+        let pid = started.await.map_err(io::Error::other)??;
+        Ok(Process { pid, kill: Some(kill), exit })
+    }
+
+    fn command(&self) -> io::Result<Command> {
+        let mut command = match &self.setpriv {
+            Some(setpriv) => {
+                let mut command = Command::new(setpriv);
+                command.args(["--pdeathsig", "KILL", "--"]).arg(&self.envoy);
+                command
+            }
+            None => Command::new(&self.envoy),
+        };
+        command
+            .arg("--config-path")
+            .arg(&self.bootstrap)
+            .args(["--concurrency", "1"])
+            // Shared memory and sockets of hot restart would be left behind by a kill, and nobody restarts hot here.
+            .arg("--disable-hot-restart")
+            .args(["--log-level", self.log_level])
+            // A terminal's Ctrl-C is for the launcher, which then drains Envoy.
+            .process_group(0)
+            .kill_on_drop(true)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null());
+        if let Some(path) = &self.log {
+            command.stderr(Stdio::from(OpenOptions::new().create(true).append(true).open(path)?));
+        }
+        Ok(command)
+    }
+}
+
+impl Process {
+    /// Resolves when Envoy has ended. Cancel-safe; after it has resolved once it does not again.
+    pub(super) async fn exited(&mut self) -> io::Result<ExitStatus> {
+        (&mut self.exit).await.map_err(io::Error::other)?
+    }
+
+    /// SIGKILL.
+    pub(super) fn kill(&mut self) {
+        self.kill.take();
+    }
+}
+
+/// `setpriv` in the usual places.
+pub(super) fn find_setpriv() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/bin".into(), "/bin".into()])
+        .map(|dir| dir.join("setpriv"))
+        .find(|file| file.is_file())
+}

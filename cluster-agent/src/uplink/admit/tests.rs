@@ -1,0 +1,165 @@
+use std::time::Duration;
+
+use isthmus_identity::ca::CertificateAuthority;
+use isthmus_model::{
+    global::{ClusterInfo, ClusterState, Locality, Settings},
+    ids::{ClusterIndex, Epoch, Revision},
+};
+
+use super::*;
+
+struct Fixture {
+    own: ClusterName,
+    bundle: TrustBundle,
+    west: CertificateAuthority,
+    pins: Pins,
+    raw: GlobalSnapshot,
+}
+
+fn ca(domain: &str) -> CertificateAuthority {
+    isthmus_identity::install_crypto();
+    CertificateAuthority::create(&domain.parse().unwrap(), Duration::from_secs(3600)).unwrap()
+}
+
+fn cluster(name: &str, index: u16, bundle: TrustBundle) -> (ClusterName, ClusterInfo) {
+    let name: ClusterName = name.parse().unwrap();
+    let locality = Locality { region: "us".parse().unwrap(), zone: "us-1".parse().unwrap() };
+    let info = ClusterInfo {
+        name: name.clone(),
+        index: ClusterIndex(index),
+        locality,
+        state: ClusterState::Active,
+        bundle,
+        gateways: Vec::new(),
+    };
+    (name, info)
+}
+
+fn stamp(epoch: u64, revision: u64) -> Stamp {
+    Stamp { epoch: Epoch(epoch), revision: Revision(revision) }
+}
+
+impl Fixture {
+    fn new() -> Self {
+        let (federation, east, west) = (ca("isthmus.example"), ca("us-east.example"), ca("us-west.example"));
+        let raw = GlobalSnapshot {
+            stamp: stamp(1, 4),
+            federation: "isthmus.example".parse().unwrap(),
+            federation_bundle: federation.bundle(),
+            settings: Settings::default(),
+            clusters: [cluster("us-east", 1, east.bundle()), cluster("us-west", 2, west.bundle())].into(),
+            services: BTreeMap::new(),
+        };
+        let pins = Pins { federation: federation.bundle(), clusters: BTreeMap::new() };
+        Self { own: "us-east".parse().unwrap(), bundle: east.bundle(), west, pins, raw }
+    }
+
+    fn admit(&self, raw: &GlobalSnapshot, pins: &Pins) -> Result<Admitted, Refused> {
+        admit(raw, pins, (&self.own, &self.bundle))
+    }
+
+    fn admitted(&self) -> Pins {
+        self.admit(&self.raw, &self.pins).unwrap().pins
+    }
+
+    fn with_west(&self, bundle: TrustBundle) -> GlobalSnapshot {
+        let mut raw = self.raw.clone();
+        raw.clusters.get_mut("us-west".parse::<ClusterName>().as_ref().unwrap()).unwrap().bundle = bundle;
+        raw
+    }
+}
+
+/// A document of other roots and a later sequence.
+fn later(of: &CertificateAuthority) -> TrustBundle {
+    let mut document = BundleDocument::parse(&of.bundle().document).unwrap();
+    document.sequence += 100;
+    TrustBundle { document: document.to_json().unwrap(), predecessor_signature: Vec::new(), ..of.bundle() }
+}
+
+fn west() -> ClusterName {
+    "us-west".parse().unwrap()
+}
+
+#[test]
+fn first_bundles_are_believed_and_pinned() {
+    let f = Fixture::new();
+    let admitted = f.admit(&f.raw, &f.pins).unwrap();
+    assert_eq!(admitted.problems, []);
+    assert_eq!(admitted.snapshot, f.raw);
+    assert_eq!(admitted.pins.clusters[&west()], f.west.bundle());
+}
+
+#[test]
+fn a_swapped_bundle_without_its_owners_signature_keeps_the_old_one() {
+    let f = Fixture::new();
+    let swapped = f.with_west(later(&ca("us-west.example")));
+    let admitted = f.admit(&swapped, &f.admitted()).unwrap();
+    assert_eq!(admitted.snapshot.clusters[&west()].bundle, f.west.bundle());
+    assert_eq!(admitted.pins.clusters[&west()], f.west.bundle());
+    assert!(admitted.problems[0].at.contains("us-west"), "{:?}", admitted.problems);
+}
+
+#[test]
+fn a_bundle_signed_by_its_predecessor_is_followed() {
+    let f = Fixture::new();
+    let mut next = later(&f.west);
+    next.predecessor_signature = f.west.sign_document(next.document.as_bytes()).unwrap();
+    let admitted = f.admit(&f.with_west(next.clone()), &f.admitted()).unwrap();
+    assert_eq!(admitted.problems, []);
+    assert_eq!(admitted.pins.clusters[&west()], next);
+}
+
+#[test]
+fn a_cluster_that_went_and_came_back_cannot_bring_other_roots() {
+    let f = Fixture::new();
+    let mut without = f.raw.clone();
+    without.clusters.remove(&west());
+    let pins = f.admit(&without, &f.admitted()).unwrap().pins;
+    let admitted = f.admit(&f.with_west(later(&ca("us-west.example"))), &pins).unwrap();
+    assert_eq!(admitted.snapshot.clusters[&west()].bundle, f.west.bundle());
+}
+
+#[test]
+fn our_own_bundle_is_ours_whatever_the_control_plane_says() {
+    let f = Fixture::new();
+    let mut raw = f.raw.clone();
+    raw.clusters.get_mut(&f.own).unwrap().bundle = ca("us-east.example").bundle();
+    let admitted = f.admit(&raw, &f.pins).unwrap();
+    assert_eq!(admitted.snapshot.clusters[&f.own].bundle, f.bundle);
+    assert_eq!(admitted.problems.len(), 1);
+}
+
+#[test]
+fn a_trust_domain_of_another_cluster_cannot_be_claimed() {
+    let f = Fixture::new();
+    let pins = f.admitted();
+    let mut raw = f.raw.clone();
+    raw.clusters.remove(&west());
+    raw.clusters.extend([cluster("thief", 3, ca("us-west.example").bundle())]);
+    assert!(matches!(f.admit(&raw, &pins), Err(Refused::DomainTaken { .. })));
+    let mut raw = f.raw.clone();
+    raw.clusters.remove(&f.own);
+    raw.clusters.extend([cluster("thief", 3, ca("us-east.example").bundle())]);
+    assert!(matches!(f.admit(&raw, &pins), Err(Refused::DomainTaken { .. })));
+}
+
+#[test]
+fn another_federation_and_a_contradiction_are_refused_whole() {
+    let f = Fixture::new();
+    let mut raw = f.raw.clone();
+    raw.federation = "other.example".parse().unwrap();
+    assert!(matches!(f.admit(&raw, &f.pins), Err(Refused::Federation(_))));
+    let mut raw = f.raw.clone();
+    raw.clusters.get_mut(&west()).unwrap().index = ClusterIndex(1);
+    assert!(matches!(f.admit(&raw, &f.pins), Err(Refused::Inconsistent(_))));
+}
+
+#[test]
+fn states_only_go_forward_unless_the_epoch_grew() {
+    let held = Some(stamp(1, 4));
+    assert_eq!(is_news(None, stamp(1, 1)), Ok(true));
+    assert_eq!(is_news(held, stamp(1, 5)), Ok(true));
+    assert_eq!(is_news(held, stamp(1, 4)), Ok(false));
+    assert!(is_news(held, stamp(1, 3)).is_err());
+    assert_eq!(is_news(held, stamp(2, 1)), Ok(true));
+}

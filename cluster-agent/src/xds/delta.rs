@@ -1,0 +1,393 @@
+//! The incremental (delta) xDS protocol of one stream, without IO: a request or a new configuration in, responses out.
+//!
+//! What holds:
+//! - Make before break: clusters, then endpoints, then listeners and routes; removals when everything new is in place, in
+//!   the opposite order. One response per type is under way at a time.
+//! - A resource is sent when the client subscribes to it and does not hold that version. What a reconnecting client says it
+//!   holds counts as held.
+//! - After a refusal (NACK) the client keeps its last good version and the refused one is not sent again unless asked
+//!   ([`DeltaStream::retry_rejected`]). A refused batch does not say which member was bad, so its members follow one by one.
+//! - A first wildcard request is always answered, if with nothing; a subscribed name that does not exist is answered as
+//!   removed.
+//!
+//! It neither knows who the client is nor what the resources mean.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use envoy_types::pb::envoy::service::discovery::v3::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource,
+};
+
+use super::{
+    names::ResourceType,
+    resources::{Resource, Resources},
+};
+
+#[cfg(test)]
+mod tests;
+
+/// Resources per response; keeps messages well below what receivers accept.
+const BATCH: usize = 100;
+/// The name that stands for "all".
+const WILDCARD: &str = "*";
+/// Subscribed names kept per type. Envoy asks only for what it was told of, so more is a broken or hostile client.
+const MAX_NAMES: usize = 20_000;
+
+/// A refused resource.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    /// Its type.
+    pub kind: ResourceType,
+    /// Its name.
+    pub name: String,
+    /// The client's words.
+    pub detail: String,
+}
+
+/// A client that does not keep to the protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeltaError {
+    /// It subscribes to more names than can be meant.
+    #[error("more than {MAX_NAMES} names subscribed for one type")]
+    TooManyNames,
+}
+
+/// The server's side of one stream.
+#[derive(Debug, Default)]
+pub struct DeltaStream {
+    target: Arc<Resources>,
+    types: BTreeMap<ResourceType, Subscription>,
+    nonces: u64,
+    impatient: bool,
+}
+
+#[derive(Debug, Default)]
+struct Subscription {
+    wildcard: bool,
+    names: BTreeSet<String>,
+    /// The first wildcard request awaits its answer.
+    unanswered: bool,
+    /// Subscribed, but not known: awaits the answer "removed".
+    absent: BTreeSet<String>,
+    /// Versions that the client has confirmed.
+    held: BTreeMap<String, String>,
+    /// Version refused, and why.
+    rejected: BTreeMap<String, (String, String)>,
+    /// Members of a refused batch, to be sent each on its own.
+    suspects: BTreeSet<String>,
+    in_flight: Option<InFlight>,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    nonce: String,
+    sent: BTreeMap<String, String>,
+    removed: Vec<String>,
+}
+
+impl DeltaStream {
+    /// A stream that has been asked nothing yet.
+    pub fn new(target: Arc<Resources>) -> Self {
+        Self { target, ..Default::default() }
+    }
+
+    /// The configuration changed.
+    pub fn update(&mut self, target: Arc<Resources>) -> Vec<DeltaDiscoveryResponse> {
+        self.target = target;
+        self.impatient = false;
+        self.respond()
+    }
+
+    /// The client spoke. Types that are not served get no answer.
+    pub fn request(&mut self, request: DeltaDiscoveryRequest) -> Result<Vec<DeltaDiscoveryResponse>, DeltaError> {
+        let Some(kind) = ResourceType::from_url(&request.type_url) else { return Ok(Vec::new()) };
+        let target = &self.target;
+        let first = !self.types.contains_key(&kind);
+        let subscription = self.types.entry(kind).or_default();
+        if first {
+            // Envoy's habit: listeners and clusters without names mean all of them.
+            let by_habit = request.resource_names_subscribe.is_empty()
+                && matches!(kind, ResourceType::Cluster | ResourceType::Listener);
+            subscription.wildcard = by_habit;
+            subscription.unanswered = by_habit;
+            subscription.held = request.initial_resource_versions.into_iter().take(MAX_NAMES).collect();
+        } else if !request.response_nonce.is_empty() {
+            subscription.settle(&request.response_nonce, request.error_detail.map(|status| status.message));
+        }
+        for name in request.resource_names_unsubscribe {
+            subscription.unsubscribe(&name);
+        }
+        for name in request.resource_names_subscribe {
+            let known = target.find(kind, &name).is_some();
+            subscription.subscribe(name, first, known);
+        }
+        if subscription.names.len() > MAX_NAMES {
+            return Err(DeltaError::TooManyNames);
+        }
+        Ok(self.respond())
+    }
+
+    /// Sends refused resources once more: for refusals whose cause lies in the client's surroundings, not in the resource.
+    pub fn retry_rejected(&mut self, which: impl Fn(&Rejection) -> bool) -> Vec<DeltaDiscoveryResponse> {
+        for (kind, subscription) in &mut self.types {
+            subscription.rejected.retain(|name, (_, detail)| {
+                let again = which(&Rejection { kind: *kind, name: name.clone(), detail: detail.clone() });
+                if again {
+                    subscription.suspects.insert(name.clone());
+                }
+                !again
+            });
+        }
+        self.respond()
+    }
+
+    /// Stops waiting for the client's order of subscriptions until the configuration changes: a client that never asks for
+    /// a cluster's endpoints must not keep its listeners back for ever.
+    pub fn lose_patience(&mut self) -> Vec<DeltaDiscoveryResponse> {
+        self.impatient = true;
+        self.respond()
+    }
+
+    /// [`Self::lose_patience`] was called since the last change.
+    pub fn is_impatient(&self) -> bool {
+        self.impatient
+    }
+
+    /// The client holds exactly the configuration, all of it, and has said so.
+    pub fn is_settled(&self) -> bool {
+        ResourceType::ADS.into_iter().all(|kind| match self.types.get(&kind) {
+            Some(s) => {
+                s.in_flight.is_none()
+                    && !s.unanswered
+                    && self.target.of(kind).all(|(name, r)| s.held.get(name) == Some(&r.version))
+                    && s.held.keys().all(|name| self.target.find(kind, name).is_some())
+            }
+            None => {
+                // Names exist only below a cluster or listener, which a client must have asked for.
+                !matches!(kind, ResourceType::Cluster | ResourceType::Listener)
+                    && self.target.of(kind).next().is_none()
+            }
+        })
+    }
+
+    /// What the client refuses of the present configuration.
+    pub fn rejections(&self) -> Vec<Rejection> {
+        let mut all = Vec::new();
+        for (kind, subscription) in &self.types {
+            for (name, (version, detail)) in &subscription.rejected {
+                if self.target.find(*kind, name).is_some_and(|r| r.version == *version) {
+                    all.push(Rejection { kind: *kind, name: name.clone(), detail: detail.clone() });
+                }
+            }
+        }
+        all
+    }
+
+    fn respond(&mut self) -> Vec<DeltaDiscoveryResponse> {
+        let mut responses = Vec::new();
+        for kind in [
+            ResourceType::Cluster,
+            ResourceType::Endpoints,
+            ResourceType::Listener,
+            ResourceType::Route,
+            ResourceType::Secret,
+        ] {
+            let early = matches!(kind, ResourceType::Listener | ResourceType::Route);
+            if early && !self.clusters_are_made() {
+                continue;
+            }
+            responses.extend(self.next(kind, Step::Make));
+        }
+        for kind in [
+            ResourceType::Listener,
+            ResourceType::Route,
+            ResourceType::Cluster,
+            ResourceType::Endpoints,
+            ResourceType::Secret,
+        ] {
+            // Also waits for the removals of the types before, which are under way.
+            let made = self.types.iter().all(|(k, s)| s.is_made(*k, &self.target));
+            if !made && !self.impatient {
+                break;
+            }
+            responses.extend(self.next(kind, Step::Break));
+        }
+        responses
+    }
+
+    /// Clusters and their endpoints are with the client, or refused, so that nothing new can point into the void.
+    fn clusters_are_made(&self) -> bool {
+        let Some(clusters) = self.types.get(&ResourceType::Cluster) else { return true };
+        if self.impatient {
+            return true;
+        }
+        let empty = Subscription::default();
+        let endpoints = self.types.get(&ResourceType::Endpoints).unwrap_or(&empty);
+        clusters.is_made(ResourceType::Cluster, &self.target)
+            && self.target.of(ResourceType::Endpoints).all(|(name, r)| {
+                clusters.rejected.contains_key(name)
+                    || endpoints.rejected.contains_key(name)
+                    || endpoints.held.get(name) == Some(&r.version)
+            })
+    }
+
+    /// A cluster that Envoy updates warms up until its endpoints come again. It does not ask for them (the subscription,
+    /// shared with the cluster's old self, stands already), and it confirms the update only once it is warm.
+    fn endpoints_again(&mut self, clusters: impl Iterator<Item = String>) {
+        let Some(endpoints) = self.types.get_mut(&ResourceType::Endpoints) else { return };
+        for name in clusters {
+            endpoints.held.remove(&name);
+            if let Some(in_flight) = &mut endpoints.in_flight {
+                in_flight.sent.remove(&name);
+            }
+        }
+    }
+
+    fn next(&mut self, kind: ResourceType, step: Step) -> Option<DeltaDiscoveryResponse> {
+        let target = Arc::clone(&self.target);
+        let subscription = self.types.get_mut(&kind)?;
+        if subscription.in_flight.is_some() {
+            return None;
+        }
+        let (resources, removed) = match step {
+            Step::Make => (subscription.batch(kind, &target), std::mem::take(&mut subscription.absent)),
+            Step::Break => (Vec::new(), subscription.gone(kind, &target)),
+        };
+        // The name may have come into being since it was asked for.
+        let removed: Vec<_> = removed.into_iter().filter(|name| target.find(kind, name).is_none()).collect();
+        let owed = matches!(step, Step::Make) && std::mem::take(&mut subscription.unanswered);
+        if resources.is_empty() && removed.is_empty() && !owed {
+            return None;
+        }
+        self.nonces += 1;
+        let nonce = self.nonces.to_string();
+        subscription.in_flight = Some(InFlight {
+            nonce: nonce.clone(),
+            sent: resources.iter().map(|(name, r)| (name.clone(), r.version.clone())).collect(),
+            removed: removed.clone(),
+        });
+        if kind == ResourceType::Cluster {
+            self.endpoints_again(resources.iter().map(|(name, _)| name.clone()));
+        }
+        Some(DeltaDiscoveryResponse {
+            system_version_info: target.stamp.to_string(),
+            type_url: kind.url().to_owned(),
+            nonce,
+            removed_resources: removed,
+            resources: resources.into_iter().map(|(name, r)| wire(name, r)).collect(),
+            ..Default::default()
+        })
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Step {
+    Make,
+    Break,
+}
+
+impl Subscription {
+    fn wants(&self, name: &str) -> bool {
+        self.wildcard || self.names.contains(name)
+    }
+
+    fn subscribe(&mut self, name: String, first: bool, known: bool) {
+        if name == WILDCARD {
+            self.unanswered |= !self.wildcard;
+            self.wildcard = true;
+            return;
+        }
+        if !first {
+            // Asking again means that the client has dropped what it had, even if that is still on its way.
+            self.held.remove(&name);
+            if let Some(in_flight) = &mut self.in_flight {
+                in_flight.sent.remove(&name);
+            }
+        }
+        if !known {
+            self.absent.insert(name.clone());
+        }
+        self.names.insert(name);
+    }
+
+    fn unsubscribe(&mut self, name: &str) {
+        if name == WILDCARD {
+            self.wildcard = false;
+            self.held.retain(|held, _| self.names.contains(held));
+            return;
+        }
+        self.names.remove(name);
+        self.absent.remove(name);
+        if self.wildcard {
+            return;
+        }
+        self.held.remove(name);
+        self.rejected.remove(name);
+        self.suspects.remove(name);
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.sent.remove(name);
+        }
+    }
+
+    /// Takes the answer to the response under way; answers to older ones say nothing new.
+    fn settle(&mut self, nonce: &str, refused: Option<String>) {
+        let Some(done) = self.in_flight.take_if(|f| f.nonce == nonce) else { return };
+        // A removal cannot be refused in a way that repeating it would mend.
+        for name in done.removed {
+            self.held.remove(&name);
+        }
+        match refused {
+            None => {
+                for (name, version) in done.sent {
+                    self.rejected.remove(&name);
+                    self.held.insert(name, version);
+                }
+            }
+            Some(_) if done.sent.len() > 1 => self.suspects.extend(done.sent.into_keys()),
+            Some(detail) => {
+                self.rejected.extend(done.sent.into_iter().map(|(name, version)| (name, (version, detail.clone()))));
+            }
+        }
+    }
+
+    fn is_due(&self, name: &str, resource: &Resource) -> bool {
+        self.wants(name)
+            && self.held.get(name) != Some(&resource.version)
+            && self.rejected.get(name).is_none_or(|(version, _)| *version != resource.version)
+    }
+
+    /// What to send next: the bulk first, then suspects one at a time.
+    fn batch(&mut self, kind: ResourceType, target: &Resources) -> Vec<(String, Resource)> {
+        self.suspects.retain(|name| target.find(kind, name).is_some_and(|r| self.held.get(name) != Some(&r.version)));
+        self.rejected.retain(|name, (version, _)| target.find(kind, name).is_some_and(|r| r.version == *version));
+        let due = || target.of(kind).filter(|(name, r)| self.is_due(name, r));
+        let mut batch: Vec<_> = due()
+            .filter(|(name, _)| !self.suspects.contains(*name))
+            .take(BATCH)
+            .map(|(name, r)| (name.to_owned(), r.clone()))
+            .collect();
+        if batch.is_empty() {
+            batch.extend(due().next().map(|(name, r)| (name.to_owned(), r.clone())));
+            for (name, _) in &batch {
+                self.suspects.remove(name);
+            }
+        }
+        batch
+    }
+
+    fn gone(&self, kind: ResourceType, target: &Resources) -> BTreeSet<String> {
+        self.held.keys().filter(|name| target.find(kind, name).is_none()).take(BATCH).cloned().collect()
+    }
+
+    /// Nothing of `target` is missing that the client asked for and did not refuse, and nothing is under way.
+    fn is_made(&self, kind: ResourceType, target: &Resources) -> bool {
+        self.in_flight.is_none() && !target.of(kind).any(|(name, r)| self.is_due(name, r))
+    }
+}
+
+fn wire(name: String, resource: Resource) -> WireResource {
+    WireResource { name, version: resource.version, resource: Some(resource.body), ..Default::default() }
+}

@@ -1,0 +1,128 @@
+//! What each part of the story did to the load. Faults and windows are noted while it plays; they are judged at the end,
+//! when every request has had its outcome.
+
+use std::collections::BTreeSet;
+
+use crate::{
+    samples::{Samples, Summary},
+    scenario::report::{Report, Row},
+    shop::load::{Kind, Sample},
+};
+
+/// A stretch of the story, judged as a whole.
+#[derive(Clone, Debug)]
+pub struct Window {
+    /// For example "4".
+    pub step: &'static str,
+    /// What happened at its start.
+    pub what: String,
+    /// Unix time, milliseconds.
+    pub from_ms: u64,
+    /// Unix time, milliseconds.
+    pub to_ms: u64,
+    /// Only these may serve in it.
+    pub allowed: Vec<&'static str>,
+    /// The last requests must be served by this one.
+    pub settles_on: &'static str,
+}
+
+/// A moment at which something was killed: connections open then may break, and no proxy may retry them for the app once
+/// the server has spoken.
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    before_ms: u64,
+    after_ms: u64,
+}
+
+/// Faults and windows, in order.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    faults: Vec<Fault>,
+    windows: Vec<Window>,
+}
+
+impl Ledger {
+    /// Notes that something was killed between the two times.
+    pub fn fault(&mut self, before_ms: u64, after_ms: u64) {
+        self.faults.push(Fault { before_ms, after_ms });
+    }
+
+    /// Notes a finished stretch.
+    pub fn window(&mut self, window: Window) {
+        self.windows.push(window);
+    }
+
+    /// Judges every window and adds its row to the report.
+    pub fn judge(&self, samples: &mut Samples, report: &mut Report) -> anyhow::Result<()> {
+        report.step("Σ", "What the load saw, request by request");
+        for window in &self.windows {
+            let http = samples.summary(&[Kind::Http], window.from_ms, window.to_ms)?;
+            let tcp = samples.summary(&[Kind::Tcp], window.from_ms, window.to_ms)?;
+            let both = samples.summary(&[Kind::Http, Kind::Tcp], window.from_ms, window.to_ms)?;
+            let ended_here = |s: &&Sample| (window.from_ms..window.to_ms).contains(&s.end_ms());
+            let sessions = samples.since(Kind::Tcp, 0)?.filter(|s| s.error.is_some()).filter(ended_here);
+            let in_flight = sessions.filter(|s| self.was_open_at_a_fault(s)).count();
+            let unexplained = http.failed() + tcp.failed() - in_flight;
+            let strangers: BTreeSet<&String> =
+                both.clusters.keys().filter(|c| !window.allowed.contains(&c.as_str())).collect();
+            let enough = http.requests > 0 && tcp.requests > 0;
+            let held = unexplained == 0 && strangers.is_empty() && enough;
+            for (kind, sum) in [("GET cart", &http), ("orders session", &tcp)] {
+                for (error, n) in &sum.failures {
+                    report.note(&format!("step {}: {n} × {kind} failed: {error}", window.step));
+                }
+            }
+            if in_flight > 0 {
+                report.note(&format!(
+                    "step {}: {in_flight} orders sessions were open at the moment of the kill; no retry is legal there",
+                    window.step
+                ));
+            }
+            if !strangers.is_empty() {
+                report.note(&format!("step {}: served by {strangers:?}, which had no business there", window.step));
+            }
+            report.row(Row {
+                step: window.step.to_owned(),
+                what: window.what.clone(),
+                requests: format!("{} + {} tcp", http.requests, tcp.requests),
+                failed: format!("{} + {}", http.failed(), tcp.failed()),
+                last_affected: both.last_affected_ms.map_or_else(|| "none".to_owned(), |ms| format!("{ms} ms")),
+                served_by: shares(&both),
+                held,
+            });
+        }
+        Ok(())
+    }
+
+    fn was_open_at_a_fault(&self, sample: &Sample) -> bool {
+        let end_ms = sample.end_ms() + 1;
+        // A session that never saw the greeting was not open: the gateways owed it a replay.
+        let greeted = sample.error.as_deref().is_some_and(|e| !e.contains("greeting") && !e.starts_with("connect"));
+        greeted && self.faults.iter().any(|f| sample.start_ms <= f.after_ms && end_ms >= f.before_ms)
+    }
+}
+
+fn shares(sum: &Summary) -> String {
+    let mut by_count: Vec<_> = sum.clusters.iter().collect();
+    by_count.sort_by_key(|(_, n)| std::cmp::Reverse(**n));
+    by_count.iter().map(|(cluster, n)| format!("{cluster} {n}")).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(start_ms: u64, micros: u64, error: &str) -> Sample {
+        Sample { kind: Kind::Tcp, start_ms, micros, cluster: None, caller: None, error: Some(error.to_owned()) }
+    }
+
+    #[test]
+    fn only_sessions_that_were_open_at_a_kill_are_excused() {
+        let mut ledger = Ledger::default();
+        ledger.fault(1000, 1010);
+        assert!(ledger.was_open_at_a_fault(&failed(998, 5_000, "confirmation: reset")));
+        assert!(!ledger.was_open_at_a_fault(&failed(1011, 5_000, "confirmation: reset")), "began after the kill");
+        assert!(!ledger.was_open_at_a_fault(&failed(900, 5_000, "confirmation: reset")), "ended before the kill");
+        assert!(!ledger.was_open_at_a_fault(&failed(998, 5_000, "closed before the greeting")), "replay was owed");
+    }
+}

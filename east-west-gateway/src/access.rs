@@ -1,0 +1,186 @@
+//! One line of log, and one span, per carried connection.
+//!
+//! The line (target `access`) says which service, from where to where, what was tried, how it ended, how many bytes and
+//! how long. Failures are INFO, successes DEBUG but for a configured sample. The span joins the trace that the near
+//! gateway began, by the W3C traceparent in the stream's header.
+
+use std::time::{Duration, Instant};
+
+use isthmus_model::ids::{ClusterName, ServiceName};
+use opentelemetry::{
+    Context,
+    trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState},
+};
+use tracing::Span;
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+use crate::{
+    core::Core,
+    metrics::Direction,
+    splice::{Carried, End},
+};
+
+/// What a connection is for.
+#[derive(Clone, Debug)]
+pub(crate) struct Route {
+    pub(crate) service: ServiceName,
+    pub(crate) port: u16,
+}
+
+/// Gathers what the line will say.
+#[derive(Debug)]
+pub(crate) struct Access {
+    direction: Direction,
+    source: ClusterName,
+    destination: ClusterName,
+    route: Option<Route>,
+    tried: Vec<(ClusterName, &'static str)>,
+    outcome: &'static str,
+    began: Instant,
+    first_byte: Option<Duration>,
+    span: Span,
+}
+
+impl Access {
+    /// A connection from `source`, which goes to `destination` unless said otherwise.
+    pub(crate) fn new(direction: Direction, source: ClusterName, destination: ClusterName, began: Instant) -> Self {
+        let span = tracing::info_span!(
+            "connection",
+            direction = direction.label(),
+            source.cluster = %source,
+            destination.cluster = tracing::field::Empty,
+            service = tracing::field::Empty,
+            outcome = tracing::field::Empty,
+        );
+        Self {
+            direction,
+            source,
+            destination,
+            route: None,
+            tried: Vec::new(),
+            outcome: "none",
+            began,
+            first_byte: None,
+            span,
+        }
+    }
+
+    /// It is for this service.
+    pub(crate) fn route(&mut self, route: Route) {
+        self.span.record("service", tracing::field::display(&route.service));
+        self.route = Some(route);
+    }
+
+    /// Makes the span a child of the peer's. What is no traceparent is ignored.
+    pub(crate) fn join(&self, traceparent: &str) {
+        if let Some(remote) = parse_traceparent(traceparent) {
+            // Fails only without an OpenTelemetry layer, when there is nothing to join.
+            drop(self.span.set_parent(Context::new().with_remote_span_context(remote)));
+        }
+    }
+
+    /// The span's identity for the header; empty while traces are off.
+    pub(crate) fn traceparent(&self) -> String {
+        let context = self.span.context();
+        let span = context.span();
+        let span = span.span_context();
+        if !span.is_valid() {
+            return String::new();
+        }
+        format!("00-{}-{}-{:02x}", span.trace_id(), span.span_id(), span.trace_flags().to_u8())
+    }
+
+    /// One attempt ended so.
+    pub(crate) fn tried(&mut self, cluster: &ClusterName, outcome: &'static str) {
+        self.tried.push((cluster.clone(), outcome));
+        self.outcome = outcome;
+    }
+
+    /// It goes there.
+    pub(crate) fn destined(&mut self, cluster: &ClusterName) {
+        self.destination = cluster.clone();
+    }
+
+    /// The first byte came back.
+    pub(crate) fn accepted(&mut self) {
+        self.outcome = "accepted";
+        self.first_byte = Some(self.began.elapsed());
+    }
+
+    /// It was not placed.
+    pub(crate) fn failed(&mut self, why: &'static str) {
+        self.outcome = why;
+    }
+
+    /// Counts, and writes the line.
+    pub(crate) fn finish(self, core: &Core, carried: Option<Carried>) {
+        let (sent, received, end) = carried.map_or((0, 0, None), |c| (c.out, c.back, Some(c.end)));
+        core.metrics.bytes(self.direction, sent.saturating_add(received));
+        self.span.record("outcome", self.outcome);
+        self.span.record("destination.cluster", tracing::field::display(&self.destination));
+        let well = self.outcome == "accepted" && matches!(end, Some(End::Finished));
+        let sampled = rand::random_range(0..100) < core.config.access_log.sample_percent;
+        // The level of an event is fixed where it is written: hence one macro, twice expanded.
+        macro_rules! line {
+            ($level:ident) => {
+                tracing::$level!(
+                    target: "access",
+                    parent: &self.span,
+                    direction = self.direction.label(),
+                    service = self.route.as_ref().map(|r| r.service.to_string()),
+                    port = self.route.as_ref().map(|r| r.port),
+                    source = %self.source,
+                    destination = %self.destination,
+                    tried = ?self.tried,
+                    outcome = self.outcome,
+                    end = end.map(End::label),
+                    bytes_sent = sent,
+                    bytes_received = received,
+                    first_byte_us = self.first_byte.map(|d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX)),
+                    duration_us = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX),
+                )
+            };
+        }
+        if well && !sampled { line!(debug) } else { line!(info) }
+    }
+}
+
+/// W3C Trace Context, level 1: `00-<32 hex>-<16 hex>-<2 hex>`.
+fn parse_traceparent(text: &str) -> Option<SpanContext> {
+    let mut parts = text.split('-');
+    let (version, trace, span, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+    if version != "00" || trace.len() != 32 || span.len() != 16 || flags.len() != 2 || parts.next().is_some() {
+        return None;
+    }
+    let context = SpanContext::new(
+        TraceId::from_hex(trace).ok()?,
+        SpanId::from_hex(span).ok()?,
+        TraceFlags::new(u8::from_str_radix(flags, 16).ok()?),
+        true,
+        TraceState::default(),
+    );
+    context.is_valid().then_some(context)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_traceparent_is_read_and_garbage_is_not() {
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        let context = parse_traceparent(good).unwrap();
+        assert_eq!(context.trace_id().to_string(), "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert!(context.is_sampled() && context.is_remote());
+        for bad in [
+            "",
+            "00",
+            "01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-x",
+            "00-zzf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        ] {
+            assert!(parse_traceparent(bad).is_none(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! The gateway's configuration: one YAML file, every key but the first few with a default.
+//!
+//! In: what `isthmus_runtime::config::load` reads. What holds after validation: limits are non-zero, deadlines are
+//! ordered, ports do not overlap. Errors name the field and say what is allowed.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use isthmus_runtime::{
+    config::{Problems, Validate},
+    telemetry::TelemetryConfig,
+};
+use serde::Deserialize;
+
+/// The whole file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Config {
+    /// Unique within the cluster, a DNS label; the name that the one-time token was minted for.
+    pub name: String,
+    /// Where the key, the certificate and the last known good state are kept.
+    pub state_dir: PathBuf,
+    /// The one-time token from `isthmus-agent token gateway NAME`; read only while there is no certificate.
+    #[serde(default)]
+    pub agent_token_file: Option<PathBuf>,
+    /// Where to listen.
+    pub listen: Listen,
+    /// The UDP address that peers dial, if it is not `listen.tunnel`.
+    #[serde(default)]
+    pub advertise: Option<SocketAddr>,
+    /// Tunnels to other clusters' gateways.
+    #[serde(default)]
+    pub tunnel: TunnelConfig,
+    /// Connections from local sidecars.
+    #[serde(default)]
+    pub ingress: IngressConfig,
+    /// Streams from peers to local endpoints.
+    #[serde(default)]
+    pub egress: EgressConfig,
+    /// What happens on SIGTERM.
+    #[serde(default)]
+    pub drain: DrainConfig,
+    /// One line per carried connection.
+    #[serde(default)]
+    pub access_log: AccessLogConfig,
+    /// Logs and traces.
+    #[serde(default)]
+    pub telemetry: TelemetryConfig,
+}
+
+/// Addresses and ports.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Listen {
+    /// UDP, for tunnels: accepted and dialled from.
+    pub tunnel: SocketAddr,
+    /// The IP that local sidecars dial.
+    pub local: IpAddr,
+    /// TCP: here the gateway chooses the cluster. 0 takes a free port (tests).
+    pub auto_port: u16,
+    /// TCP: traffic pinned to the cluster with index i enters at this plus i. 0 takes free ports (tests).
+    pub pinned_port_base: u16,
+    /// `/livez`, `/readyz`, `/metrics`, `/debug/…`.
+    pub health: SocketAddr,
+}
+
+/// QUIC and its probing.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct TunnelConfig {
+    /// Largest UDP payload that path discovery may settle on. Above 1,452 only where the whole path is known to carry it.
+    pub mtu: u16,
+    /// Between probes on each tunnel.
+    #[serde(with = "humantime_serde")]
+    pub ping_interval: Duration,
+    /// A tunnel without an answer for so long is closed, its streams reset.
+    #[serde(with = "humantime_serde")]
+    pub dead_after: Duration,
+    /// QUIC's own idle timeout, a net below `deadAfter`.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// From a peer's first packet, or ours, to a working control stream.
+    #[serde(with = "humantime_serde")]
+    pub handshake_timeout: Duration,
+    /// Longest pause between attempts to reach a peer.
+    #[serde(with = "humantime_serde")]
+    pub dial_backoff_max: Duration,
+    /// Streams that one peer connection may have open.
+    pub max_streams_per_peer: u32,
+    /// Connections that peers may have open, and handshakes that may be under way.
+    pub max_connections: usize,
+    /// Unread bytes that one stream may hold.
+    pub stream_window_bytes: u32,
+    /// Unread bytes that all streams of one connection may hold.
+    pub connection_window_bytes: u32,
+    /// Asked of the system for the UDP socket, each way.
+    pub socket_buffer_bytes: usize,
+}
+
+impl Default for TunnelConfig {
+    fn default() -> Self {
+        Self {
+            mtu: 1_452,
+            ping_interval: Duration::from_millis(100),
+            dead_after: Duration::from_millis(400),
+            idle_timeout: Duration::from_secs(5),
+            handshake_timeout: Duration::from_secs(5),
+            dial_backoff_max: Duration::from_secs(2),
+            max_streams_per_peer: 4_096,
+            max_connections: 1_024,
+            stream_window_bytes: 1 << 20,
+            connection_window_bytes: 16 << 20,
+            socket_buffer_bytes: 4 << 20,
+        }
+    }
+}
+
+/// What local sidecars may do, and how their connections are placed.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct IngressConfig {
+    /// From accept to a complete ClientHello.
+    #[serde(with = "humantime_serde")]
+    pub hello_timeout: Duration,
+    /// Largest ClientHello; also all that is held for a replay.
+    pub max_hello_bytes: usize,
+    /// Silence that ends one attempt.
+    #[serde(with = "humantime_serde")]
+    pub attempt_timeout: Duration,
+    /// All attempts of a connection that is pinned to a cluster; shorter than Envoy's connect timeout.
+    #[serde(with = "humantime_serde")]
+    pub pinned_timeout: Duration,
+    /// Attempts on the auto port.
+    pub max_attempts: usize,
+    /// Open local connections.
+    pub max_connections: usize,
+    /// Of these, connections whose ClientHello is still to come.
+    pub max_pending_hellos: usize,
+    /// A carried connection without a byte either way for so long is reset.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// Replays allowed as a share of new connections, in percent.
+    pub replay_percent: u32,
+    /// Replays always allowed, per second.
+    pub replay_floor_per_second: u32,
+}
+
+impl Default for IngressConfig {
+    fn default() -> Self {
+        Self {
+            hello_timeout: Duration::from_secs(5),
+            max_hello_bytes: 16 * 1024,
+            attempt_timeout: Duration::from_secs(1),
+            pinned_timeout: Duration::from_millis(2_500),
+            max_attempts: 6,
+            max_connections: 20_000,
+            max_pending_hellos: 4_096,
+            idle_timeout: Duration::from_secs(3_600),
+            replay_percent: 20,
+            replay_floor_per_second: 50,
+        }
+    }
+}
+
+/// How streams reach local endpoints.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct EgressConfig {
+    /// Streams from all peers together.
+    pub max_streams: usize,
+    /// For the TCP connection to an endpoint.
+    #[serde(with = "humantime_serde")]
+    pub connect_timeout: Duration,
+    /// Endpoints tried for one stream.
+    pub max_endpoints: usize,
+    /// First pause before a failed endpoint is probed again; doubles with each failure in a row.
+    #[serde(with = "humantime_serde")]
+    pub ejection_base: Duration,
+    /// Longest such pause.
+    #[serde(with = "humantime_serde")]
+    pub ejection_max: Duration,
+}
+
+impl Default for EgressConfig {
+    fn default() -> Self {
+        Self {
+            max_streams: 20_000,
+            connect_timeout: Duration::from_millis(500),
+            max_endpoints: 3,
+            ejection_base: Duration::from_secs(1),
+            ejection_max: Duration::from_secs(30),
+        }
+    }
+}
+
+/// The two steps of a drain.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct DrainConfig {
+    /// New connections are still taken for so long, while agent and peers turn away.
+    #[serde(with = "humantime_serde")]
+    pub accept_for: Duration,
+    /// Running connections may go on for so long, counted from the signal.
+    #[serde(with = "humantime_serde")]
+    pub deadline: Duration,
+}
+
+impl Default for DrainConfig {
+    fn default() -> Self {
+        Self { accept_for: Duration::from_secs(1), deadline: Duration::from_secs(10) }
+    }
+}
+
+/// Which carried connections are logged at INFO. Failed ones always are; the rest is at DEBUG.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct AccessLogConfig {
+    /// Share of the successful ones, in percent.
+    pub sample_percent: u32,
+}
+
+impl Config {
+    /// The UDP address that peers dial, given the one that was bound.
+    pub(crate) fn advertised(&self, bound: SocketAddr) -> SocketAddr {
+        self.advertise.unwrap_or(bound)
+    }
+}
+
+impl Validate for Config {
+    fn validate(&self, problems: &mut Problems) {
+        let mut check = |ok: bool, field: &str, message: String| {
+            if !ok {
+                problems.add(field, message);
+            }
+        };
+        let label = isthmus_model::ids::check_label("gateway name", &self.name);
+        check(label.is_ok(), "name", label.err().map(|e| e.to_string()).unwrap_or_default());
+        let (auto, base) = (self.listen.auto_port, self.listen.pinned_port_base);
+        check(
+            auto == 0 || base == 0 || auto <= base,
+            "listen.autoPort",
+            format!("must not lie above listen.pinnedPortBase ({base}): those ports belong to clusters"),
+        );
+        for (field, ip) in [("listen.local", self.listen.local), ("listen.tunnel", self.listen.tunnel.ip())] {
+            let known = !ip.is_unspecified() || (field == "listen.tunnel" && self.advertise.is_some());
+            check(known, field, "sidecars and peers must be told an address: name one of this machine's".to_owned());
+        }
+        let t = &self.tunnel;
+        check((1_200..=6_400).contains(&t.mtu), "tunnel.mtu", "use 1200 to 6400".to_owned());
+        check(!t.ping_interval.is_zero(), "tunnel.pingInterval", "must not be zero".to_owned());
+        check(
+            t.dead_after >= t.ping_interval * 2,
+            "tunnel.deadAfter",
+            "must be at least twice tunnel.pingInterval".to_owned(),
+        );
+        check(t.idle_timeout > t.dead_after, "tunnel.idleTimeout", "must exceed tunnel.deadAfter".to_owned());
+        check(t.max_streams_per_peer >= 2, "tunnel.maxStreamsPerPeer", "must be at least 2".to_owned());
+        check(
+            t.stream_window_bytes >= 16 * 1024 && t.connection_window_bytes >= t.stream_window_bytes,
+            "tunnel.streamWindowBytes",
+            "must be at least 16384, and at most tunnel.connectionWindowBytes".to_owned(),
+        );
+        let i = &self.ingress;
+        check(
+            (512..=64_000).contains(&i.max_hello_bytes),
+            "ingress.maxHelloBytes",
+            "use 512 to 64000; a post-quantum ClientHello takes about 1800".to_owned(),
+        );
+        check(i.attempt_timeout >= Duration::from_millis(50), "ingress.attemptTimeout", "use 50ms or more".to_owned());
+        check(
+            i.pinned_timeout >= i.attempt_timeout,
+            "ingress.pinnedTimeout",
+            "must not be shorter than ingress.attemptTimeout".to_owned(),
+        );
+        let e = &self.egress;
+        check(
+            !e.ejection_base.is_zero() && e.ejection_max >= e.ejection_base,
+            "egress.ejectionBase",
+            "must be above zero and at most egress.ejectionMax".to_owned(),
+        );
+        for (field, value) in [
+            ("ingress.maxAttempts", i.max_attempts),
+            ("ingress.maxConnections", i.max_connections),
+            ("ingress.maxPendingHellos", i.max_pending_hellos),
+            ("egress.maxStreams", e.max_streams),
+            ("egress.maxEndpoints", e.max_endpoints),
+            ("tunnel.maxConnections", t.max_connections),
+        ] {
+            check((1..=1_000_000).contains(&value), field, "use 1 to 1000000".to_owned());
+        }
+        check(
+            self.drain.deadline >= self.drain.accept_for,
+            "drain.deadline",
+            "must not be shorter than drain.acceptFor".to_owned(),
+        );
+        check(self.access_log.sample_percent <= 100, "accessLog.samplePercent", "use 0 to 100".to_owned());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MINIMAL: &str = "
+name: gateway-1
+stateDir: /var/lib/isthmus/gateway-1
+listen:
+  tunnel: 127.1.1.11:15443
+  local: 127.1.1.11
+  autoPort: 15440
+  pinnedPortBase: 15500
+  health: 127.1.1.11:15080
+";
+
+    fn load(text: &str) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("gateway.yaml");
+        std::fs::write(&path, text).unwrap();
+        isthmus_runtime::config::load(&path, "ISTHMUS_GATEWAY_TEST").map_err(|e| isthmus_runtime::tasks::chain(&e))
+    }
+
+    #[test]
+    fn a_minimal_file_is_valid_and_has_the_documented_defaults() {
+        let config = load(MINIMAL).unwrap();
+        assert_eq!(config.tunnel.ping_interval, Duration::from_millis(100));
+        assert_eq!(config.tunnel.dead_after, Duration::from_millis(400));
+        assert_eq!(config.ingress.hello_timeout, Duration::from_secs(5));
+        assert_eq!(config.drain.deadline, Duration::from_secs(10));
+    }
+
+    #[test]
+    fn durations_are_written_for_people() {
+        let config = load(&format!("{MINIMAL}ingress:\n  attemptTimeout: 750ms\n")).unwrap();
+        assert_eq!(config.ingress.attempt_timeout, Duration::from_millis(750));
+    }
+
+    #[test]
+    fn unknown_keys_are_refused_and_all_problems_are_told_at_once() {
+        assert!(load(&format!("{MINIMAL}colour: blue\n")).unwrap_err().contains("colour"));
+        let bad = format!("{MINIMAL}tunnel:\n  mtu: 9000\ningress:\n  maxHelloBytes: 10\n");
+        let error = load(&bad).unwrap_err();
+        assert!(error.contains("tunnel.mtu") && error.contains("ingress.maxHelloBytes"), "{error}");
+    }
+}

@@ -1,0 +1,161 @@
+//! What all parts of one running gateway share: configuration, identity, the view, evidence, limits, and the steps of a
+//! drain.
+//!
+//! Made once the gateway is enrolled. Nothing here decides; it only holds, so that parts need not know each other.
+
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use isthmus_identity::svid;
+use isthmus_model::{
+    failover::Candidate,
+    ids::{ClusterName, ServiceName, Stamp},
+    time::Timestamp,
+};
+use isthmus_runtime::tasks::Tasks;
+use quinn::Connection;
+use rustls::pki_types::CertificateDer;
+use tokio::{
+    sync::{Semaphore, watch},
+    time,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    availability::LocalPool,
+    config::Config,
+    ingress::budget::ReplayBudget,
+    metrics::Metrics,
+    observed::Observed,
+    tunnel::{accept::Inbound, endpoint::Identity, registry::Registry},
+    view::View,
+};
+
+/// What the parts of one gateway share.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) config: Arc<Config>,
+    /// This gateway's own.
+    pub(crate) cluster: ClusterName,
+    pub(crate) identity: Identity,
+    pub(crate) view: watch::Receiver<Arc<View>>,
+    pub(crate) pool: Arc<LocalPool>,
+    pub(crate) observed: Observed,
+    pub(crate) registry: Registry,
+    pub(crate) inbound: Inbound,
+    pub(crate) metrics: Metrics,
+    pub(crate) tasks: Tasks,
+    /// The global state whose listeners are bound: what the agent is told as applied.
+    pub(crate) in_force: watch::Sender<Option<Stamp>>,
+    /// Connections and handshakes of peers.
+    pub(crate) peer_slots: Arc<Semaphore>,
+    /// Streams of all peers.
+    pub(crate) stream_slots: Arc<Semaphore>,
+    /// Connections of local sidecars.
+    pub(crate) local_slots: Arc<Semaphore>,
+    /// Of these, the ones whose ClientHello is still to come.
+    pub(crate) hello_slots: Arc<Semaphore>,
+    /// Drain, step one: agent and peers are told to turn away; all is still served.
+    pub(crate) draining: CancellationToken,
+    /// Step two: no new connection or stream.
+    pub(crate) closing: CancellationToken,
+    /// Step three: everything ends.
+    pub(crate) stop: CancellationToken,
+    /// Connections being carried; a drain waits for them.
+    pub(crate) carried: TaskTracker,
+    replays: Mutex<ReplayBudget>,
+    ids: AtomicU64,
+}
+
+/// What [`Core::new`] needs from outside.
+pub(crate) struct Parts {
+    pub(crate) config: Arc<Config>,
+    pub(crate) cluster: ClusterName,
+    pub(crate) identity: Identity,
+    pub(crate) view: watch::Receiver<Arc<View>>,
+    pub(crate) metrics: Metrics,
+    pub(crate) tasks: Tasks,
+}
+
+impl Core {
+    /// A core at rest.
+    pub(crate) fn new(parts: Parts) -> Self {
+        let Parts { config, cluster, identity, view, metrics, tasks } = parts;
+        let slots = |n: usize| Arc::new(Semaphore::new(n));
+        let ingress = &config.ingress;
+        let replays = ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, Instant::now());
+        Self {
+            pool: Arc::new(LocalPool::new(cluster.clone(), &config.egress, metrics.clone())),
+            observed: Observed::new(cluster.clone()),
+            registry: Registry::default(),
+            in_force: watch::Sender::new(None),
+            inbound: Inbound::default(),
+            peer_slots: slots(config.tunnel.max_connections),
+            stream_slots: slots(config.egress.max_streams),
+            local_slots: slots(ingress.max_connections),
+            hello_slots: slots(ingress.max_pending_hellos),
+            draining: CancellationToken::new(),
+            closing: CancellationToken::new(),
+            stop: CancellationToken::new(),
+            carried: TaskTracker::new(),
+            replays: Mutex::new(replays),
+            ids: AtomicU64::new(1),
+            config,
+            cluster,
+            identity,
+            view,
+            metrics,
+            tasks,
+        }
+    }
+
+    /// The view in force.
+    pub(crate) fn current_view(&self) -> Arc<View> {
+        self.view.borrow().clone()
+    }
+
+    /// Brings what is known of a remote cluster up to date.
+    pub(crate) fn refresh(&self, cluster: &ClusterName) {
+        self.observed.refresh(cluster, &self.current_view(), || self.registry.evidence(cluster));
+    }
+
+    /// A number that no other call gets.
+    pub(crate) fn next_id(&self) -> u64 {
+        self.ids.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// A connection is placed for the first time.
+    pub(crate) fn note_first_attempt(&self) {
+        self.replays.lock().unwrap_or_else(PoisonError::into_inner).deposit();
+    }
+
+    /// May a connection be placed once more?
+    pub(crate) fn may_replay(&self) -> bool {
+        self.replays.lock().unwrap_or_else(PoisonError::into_inner).withdraw(Instant::now())
+    }
+
+    /// Where `port` of `service` may be reached from here; `None` if there is no such service.
+    pub(crate) fn candidates(&self, service: &ServiceName, port: u16) -> Option<Vec<Candidate>> {
+        let view = self.current_view();
+        let global = view.global.as_ref()?;
+        Some(self.observed.candidates(global.services.get(service)?, port, global))
+    }
+
+    /// Resolves when the peer's certificate ends: a connection must not outlive what proved it.
+    pub(crate) async fn expiry(&self, connection: &Connection) {
+        // The handshake has verified this very leaf; without an end it would not have.
+        let ends = ends(connection).map_or(0, |at| at.0);
+        time::sleep(Duration::from_millis(ends.saturating_sub(isthmus_runtime::now()))).await;
+    }
+}
+
+fn ends(connection: &Connection) -> Option<Timestamp> {
+    let identity = connection.peer_identity()?;
+    let certificates = identity.downcast_ref::<Vec<CertificateDer<'static>>>()?;
+    svid::expiry_of(certificates.first()?).ok()
+}

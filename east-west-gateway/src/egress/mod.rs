@@ -1,0 +1,259 @@
+//! Streams from peers to local endpoints: the far half of a carried connection.
+//!
+//! In: one stream of an authenticated peer. The header is checked (version, export, membership, boundary), the
+//! ClientHello is read and handed to an endpoint, and only with the endpoint's first byte is the stream accepted;
+//! everything before that ends in a reject that tells the peer whether to try elsewhere. Then bytes are spliced.
+
+pub(crate) mod ejection;
+pub(crate) mod endpoint;
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use isthmus_api::proto::tunnel::v1::{Accept, Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
+use isthmus_model::{
+    failover::Eligibility,
+    global::GlobalService,
+    ids::{ClusterName, ServiceName},
+};
+use quinn::{RecvStream, SendStream};
+use tokio::time;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use self::endpoint::{Answered, EndpointFailure, Request};
+use crate::{
+    access::{Access, Route},
+    core::Core,
+    frame::{self, FrameReader, MAX_HEADER},
+    hello::{HelloReader, Progress},
+    metrics::Direction,
+    splice::{self, Far, Limits},
+    tunnel::VERSION,
+    view::View,
+};
+
+/// The longest that a peer may make us wait for an endpoint.
+const MAX_DEADLINE: Duration = Duration::from_secs(10);
+/// For the header and the ClientHello, which come in the first flight.
+const FIRST_FLIGHT: Duration = Duration::from_secs(5);
+
+/// A stream that a peer opened.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    pub(crate) core: Arc<Core>,
+    /// From the peer's certificate.
+    pub(crate) peer: ClusterName,
+    pub(crate) send: SendStream,
+    pub(crate) recv: RecvStream,
+    /// A drain waits for it.
+    pub(crate) carried: TaskTrackerToken,
+}
+
+/// A refusal, as the peer is told.
+#[derive(Debug)]
+struct Refusal {
+    reason: RejectReason,
+    elsewhere: bool,
+    detail: &'static str,
+}
+
+/// The header, checked.
+struct Asked {
+    service: ServiceName,
+    port: u16,
+    selector: Option<String>,
+    deadline: Duration,
+    traceparent: String,
+}
+
+impl Stream {
+    /// Serves the stream to its end.
+    pub(crate) async fn serve(self) {
+        let Self { core, peer, mut send, recv, carried: token } = self;
+        let began = Instant::now();
+        let mut reader = FrameReader::new(recv, MAX_HEADER);
+        let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
+        let placed = place(&core, &peer, &mut reader, &send, &mut access).await;
+        let (mut recv, _) = reader.into_parts();
+        match placed {
+            Ok(answered) => {
+                let guard = core.metrics.stream(Direction::Egress);
+                access.accepted();
+                if accept(&mut send, answered.first.clone()).await.is_err() {
+                    splice::reset(&mut send, &mut recv);
+                    splice::abort(&answered.tcp);
+                    return access.finish(&core, None);
+                }
+                let limits =
+                    Limits { idle: core.config.ingress.idle_timeout, force: &core.stop, draining: &core.draining };
+                let mut carried = splice::splice(answered.tcp, Far::Tunnel(send, recv), Bytes::new(), limits).await;
+                carried.out += answered.first.len() as u64;
+                access.finish(&core, Some(carried));
+                drop((guard, answered.lease));
+            }
+            Err(None) => {
+                splice::reset(&mut send, &mut recv);
+                core.metrics.reject("egress_abandoned");
+                access.failed("abandoned");
+                access.finish(&core, None);
+            }
+            Err(Some(refusal)) => {
+                core.metrics.reject(label(refusal.reason));
+                access.failed(label(refusal.reason));
+                access.finish(&core, None);
+                refuse(&mut send, &mut recv, &refusal).await;
+            }
+        }
+        drop(token);
+    }
+}
+
+/// Finds an endpoint that answers. `Err(None)`: the peer gave up.
+async fn place(
+    core: &Arc<Core>,
+    peer: &ClusterName,
+    reader: &mut FrameReader,
+    send: &SendStream,
+    access: &mut Access,
+) -> Result<Answered, Option<Refusal>> {
+    let Ok(header) = time::timeout(FIRST_FLIGHT, reader.next::<StreamHeader>()).await else {
+        return Err(Some(Refusal::malformed("no header in time")));
+    };
+    let asked = header.map_err(|_| Refusal::malformed("the header is not readable")).and_then(check).map_err(Some)?;
+    let route = Route { service: asked.service.clone(), port: asked.port };
+    access.join(&asked.traceparent);
+    access.route(route);
+    if core.closing.is_cancelled() {
+        return Err(Some(Refusal::new(RejectReason::Draining, true, "this gateway drains")));
+    }
+    let Ok(_slot) = core.stream_slots.try_acquire() else {
+        return Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams")));
+    };
+    let view = core.current_view();
+    let service = permit(core, &view, peer, &asked).map_err(Some)?;
+    let hello = time::timeout(FIRST_FLIGHT, read_hello(reader, core.config.ingress.max_hello_bytes)).await;
+    let hello = hello.unwrap_or(Err(Refusal::malformed("no ClientHello in time"))).map_err(Some)?;
+    let request = Request {
+        service,
+        port: asked.port,
+        selector: asked.selector.as_deref(),
+        hello: &hello,
+        deadline: asked.deadline,
+    };
+    tokio::select! {
+        answered = endpoint::first_byte(core, request) => answered.map_err(|failure| Some(failure.into())),
+        // The dialler stops reading when it gives up, or when its client does.
+        _ = send.stopped() => Err(None),
+    }
+}
+
+fn check(header: StreamHeader) -> Result<Asked, Refusal> {
+    if header.version != VERSION {
+        return Err(Refusal::new(RejectReason::Version, true, "this gateway speaks version 1"));
+    }
+    let service = header.service.and_then(|s| ServiceName::try_from(s).ok());
+    let port = u16::try_from(header.port).ok().filter(|p| *p > 0);
+    let (Some(service), Some(port)) = (service, port) else {
+        return Err(Refusal::malformed("the header names no service and port"));
+    };
+    let deadline = Duration::from_millis(header.deadline_ms.into());
+    if deadline.is_zero() || header.selector.len() > 63 || header.traceparent.len() > 128 {
+        return Err(Refusal::malformed("deadline, selector or traceparent is out of bounds"));
+    }
+    Ok(Asked {
+        service,
+        port,
+        selector: (!header.selector.is_empty()).then_some(header.selector),
+        deadline: deadline.min(MAX_DEADLINE),
+        traceparent: header.traceparent,
+    })
+}
+
+/// May a gateway of `peer` reach this here? Checked against the view, whatever the peer's own view says.
+fn permit<'v>(core: &Core, view: &'v View, peer: &ClusterName, asked: &Asked) -> Result<&'v GlobalService, Refusal> {
+    if !view.is_active(peer) {
+        return Err(Refusal::new(RejectReason::Forbidden, false, "the peer's cluster is no active member"));
+    }
+    let not_exported = || Refusal::new(RejectReason::NotExported, true, "this cluster does not export it");
+    let service = view.service(&asked.service).ok_or_else(not_exported)?;
+    let global = view.global.as_ref().ok_or_else(not_exported)?;
+    let here = core.observed.candidates_for(peer, service, asked.port, global);
+    let here = here.into_iter().find(|c| c.cluster == core.cluster).ok_or_else(not_exported)?;
+    if here.eligibility == Eligibility::Forbidden {
+        return Err(Refusal::new(RejectReason::Forbidden, true, "policy keeps traffic out of this region"));
+    }
+    Ok(service)
+}
+
+/// Exactly the ClientHello: the dialler sends nothing after it until it is accepted.
+async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<Vec<u8>, Refusal> {
+    let mut hello = HelloReader::new(max);
+    let mut received = 0;
+    loop {
+        let bytes = reader.bytes().await.map_err(|_| Refusal::malformed("the stream ended before its ClientHello"))?;
+        received += bytes.len();
+        match hello.push(&bytes) {
+            Progress::NeedMore => {}
+            Progress::Hello(done) if done.len == received => return Ok(hello.into_raw()),
+            Progress::Hello(_) => return Err(Refusal::malformed("bytes follow the ClientHello before the accept")),
+            Progress::Bad(_) => return Err(Refusal::malformed("what follows the header is no ClientHello to carry")),
+        }
+    }
+}
+
+async fn accept(send: &mut SendStream, first: Bytes) -> Result<(), ()> {
+    let reply = StreamReply { kind: Some(Kind::Accept(Accept {})) };
+    let frame = frame::encode(&reply).map_err(drop)?.freeze();
+    // The dialler's window is open: nothing was written before.
+    let written = time::timeout(FIRST_FLIGHT, send.write_all_chunks(&mut [frame, first])).await;
+    written.map_err(drop)?.map_err(drop)
+}
+
+async fn refuse(send: &mut SendStream, recv: &mut RecvStream, refusal: &Refusal) {
+    let reject =
+        Reject { reason: refusal.reason.into(), retry_elsewhere: refusal.elsewhere, detail: refusal.detail.to_owned() };
+    let Ok(frame) = frame::encode(&StreamReply { kind: Some(Kind::Reject(reject)) }) else { return };
+    // Whoever does not take the refusal is told by the stream's end.
+    drop(time::timeout(FIRST_FLIGHT, send.write_all(&frame)).await);
+    drop(send.finish());
+    drop(recv.stop(splice::RESET));
+}
+
+impl Refusal {
+    fn new(reason: RejectReason, elsewhere: bool, detail: &'static str) -> Self {
+        Self { reason, elsewhere, detail }
+    }
+
+    fn malformed(detail: &'static str) -> Self {
+        Self::new(RejectReason::Malformed, false, detail)
+    }
+}
+
+impl From<EndpointFailure> for Refusal {
+    fn from(failure: EndpointFailure) -> Self {
+        match failure {
+            EndpointFailure::None => Self::new(RejectReason::NoEndpoint, true, "no endpoint is ready"),
+            EndpointFailure::Failed => Self::new(RejectReason::ConnectFailed, true, "endpoints refused or closed"),
+            EndpointFailure::Silent => Self::new(RejectReason::Timeout, true, "endpoints were silent"),
+        }
+    }
+}
+
+/// A reject's metric label, on the side that gives it.
+fn label(reason: RejectReason) -> &'static str {
+    match reason {
+        RejectReason::Unspecified => "egress_unspecified",
+        RejectReason::Version => "egress_version",
+        RejectReason::Malformed => "egress_malformed",
+        RejectReason::NotExported => "egress_not_exported",
+        RejectReason::Forbidden => "egress_forbidden",
+        RejectReason::NoEndpoint => "egress_no_endpoint",
+        RejectReason::ConnectFailed => "egress_connect_failed",
+        RejectReason::Overloaded => "egress_overloaded",
+        RejectReason::Draining => "egress_draining",
+        RejectReason::Timeout => "egress_timeout",
+    }
+}

@@ -1,0 +1,327 @@
+//! The agent's feed: the global state and local endpoints down; applied revisions, availability and draining up.
+//!
+//! Reconnects for ever. Losing the agent changes nothing: the last view stands. A state that is older than the one held, of
+//! another federation, or not valid is refused and reported, never half applied. Renews the gateway's certificate at half
+//! its life.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use isthmus_api::{
+    convert::{AvailabilityReport, ConvertError},
+    proto::{
+        common::v1::GlobalSnapshot as GlobalMessage,
+        local::v1::{
+            Draining, GatewayHello, GatewayMessage, GatewayUpdate, RenewRequest, gateway_message::Kind as Up,
+            gateway_update::Kind as Down, local_client::LocalClient,
+        },
+    },
+};
+use isthmus_identity::{bundle::verify_successor, grpc, keys::KeyPair, renew, svid::Svid, tls};
+use isthmus_model::{global::GlobalSnapshot, local::LocalEndpoints};
+use isthmus_runtime::{backoff::Backoff, tasks::chain};
+use rustls::pki_types::CertificateDer;
+use tokio::{
+    sync::{mpsc, watch},
+    time,
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Channel;
+
+use super::{
+    disk::{self, Disk},
+    enrol::{EnrolError, Membership, SVID_NAME},
+};
+use crate::{core::Core, metrics::Metrics, view::View};
+
+/// Between two availability reports.
+const REPORT_SPACING: Duration = Duration::from_millis(50);
+/// Round-trip times change all the time; they go up this often.
+const REPORT_REFRESH: Duration = Duration::from_secs(5);
+const CALL: Duration = Duration::from_secs(10);
+const MAX_MESSAGE: usize = 256 << 20;
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error("configure TLS")]
+    Configure(#[from] EnrolError),
+    #[error("call the agent")]
+    Call(#[from] tonic::Status),
+    #[error("the agent ended the feed")]
+    Ended,
+    #[error("the agent did not answer, or took nothing, in time")]
+    Timeout,
+}
+
+/// Why a certificate was not renewed.
+#[derive(Debug, thiserror::Error)]
+enum RenewError {
+    #[error("configure TLS")]
+    Configure(#[from] EnrolError),
+    #[error("make a key")]
+    Key(#[from] isthmus_identity::keys::KeyError),
+    #[error("call the agent")]
+    Call(#[from] tonic::Status),
+    #[error("the agent did not answer in time")]
+    Timeout,
+    #[error("use the new certificate")]
+    Svid(#[from] isthmus_identity::svid::SvidError),
+    #[error("the new certificate is for another identity")]
+    OtherIdentity,
+}
+
+/// What the feed needs to know of its gateway's listeners.
+#[derive(Clone, Debug)]
+pub(crate) struct Agent {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    membership: Mutex<Membership>,
+    state_dir: PathBuf,
+    view: watch::Sender<Arc<View>>,
+}
+
+impl Agent {
+    /// A feed that begins with what is on disk.
+    pub(crate) fn new(membership: Membership, state_dir: PathBuf, metrics: &Metrics) -> Self {
+        let view = disk::load(&state_dir, metrics);
+        if let Some(global) = &view.global {
+            tracing::info!(stamp = %global.stamp, "serving from the last known good state");
+        }
+        let inner = Inner { membership: Mutex::new(membership), state_dir, view: watch::Sender::new(Arc::new(view)) };
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// What it tells.
+    pub(crate) fn view(&self) -> watch::Receiver<Arc<View>> {
+        self.inner.view.subscribe()
+    }
+
+    /// Follows the agent until the gateway stops.
+    pub(crate) async fn follow(self, core: Arc<Core>, hello: GatewayHello) {
+        let disk = Disk::open(&self.inner.state_dir, &core.tasks, &core.metrics, &core.stop);
+        let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(3));
+        loop {
+            let began = Instant::now();
+            let ended = tokio::select! {
+                ended = self.session(&core, &hello, &disk) => ended,
+                () = core.stop.cancelled() => return,
+            };
+            core.metrics.feed_connected(false);
+            if let Err(error) = ended {
+                tracing::warn!(error = chain(&error), "no feed from the agent; what is known stands");
+            }
+            if began.elapsed() > Duration::from_secs(10) {
+                backoff.reset();
+            }
+            tokio::select! {
+                () = time::sleep(backoff.next()) => {}
+                () = core.stop.cancelled() => return,
+            }
+        }
+    }
+
+    async fn session(&self, core: &Core, hello: &GatewayHello, disk: &Disk) -> Result<(), SessionError> {
+        let mut client = LocalClient::new(self.channel(core)?).max_decoding_message_size(MAX_MESSAGE);
+        // Small: a message is taken within a deadline or the session is over.
+        let (up, outgoing) = mpsc::channel(8);
+        let up = Uplink(up);
+        up.send(Up::Hello(hello.clone())).await?;
+        let call = client.gateway_feed(ReceiverStream::new(outgoing));
+        let mut down = time::timeout(CALL, call).await.map_err(|_| SessionError::Timeout)??.into_inner();
+        core.metrics.feed_connected(true);
+        tracing::info!(agent = self.membership().agent, "feed connected");
+
+        let mut in_force = core.in_force.subscribe();
+        in_force.mark_changed();
+        let mut evidence = core.observed.version();
+        let mut told_draining = false;
+        let mut report_at = time::Instant::now();
+        loop {
+            tokio::select! {
+                update = down.message() => self.receive(core, disk, update?.ok_or(SessionError::Ended)?),
+                _ = in_force.changed() => {
+                    let stamp = *in_force.borrow_and_update();
+                    if let Some(stamp) = stamp {
+                        up.send(Up::Applied(stamp.into())).await?;
+                    }
+                }
+                _ = evidence.changed() => {
+                    evidence.mark_unchanged();
+                    // Never further away than it was, so that steady change cannot put it off.
+                    report_at = report_at.min(time::Instant::now() + REPORT_SPACING);
+                }
+                () = time::sleep_until(report_at) => {
+                    let report = AvailabilityReport {
+                        availability: core.observed.report(),
+                        tunnels: core.registry.states(),
+                    };
+                    up.send(Up::Availability((&report).into())).await?;
+                    report_at = time::Instant::now() + REPORT_REFRESH;
+                }
+                () = core.draining.cancelled(), if !told_draining => {
+                    told_draining = true;
+                    up.send(Up::Draining(Draining {})).await?;
+                }
+            }
+        }
+    }
+
+    fn receive(&self, core: &Core, disk: &Disk, update: GatewayUpdate) {
+        let received = match update.kind {
+            Some(Down::Global(message)) => self.global(core, disk, message),
+            Some(Down::Endpoints(message)) => {
+                LocalEndpoints::try_from(message.clone()).map_err(Refusal::Invalid).map(|e| {
+                    disk.save_endpoints(&message);
+                    self.publish(|view| view.endpoints = Arc::new(e));
+                })
+            }
+            None => Ok(()),
+        };
+        if let Err(refusal) = received {
+            core.metrics.feed_problem(refusal.label());
+            tracing::error!(error = %refusal, "what the agent sent is refused; the state before stands");
+        }
+    }
+
+    fn global(&self, core: &Core, disk: &Disk, message: GlobalMessage) -> Result<(), Refusal> {
+        let next = GlobalSnapshot::try_from(message.clone()).map_err(Refusal::Invalid)?;
+        if next.federation != self.membership().federation {
+            return Err(Refusal::OtherFederation);
+        }
+        let held = self.inner.view.borrow().global.clone();
+        if let Some(held) = held {
+            if next.stamp < held.stamp {
+                return Err(Refusal::Stale { held: held.stamp, sent: next.stamp });
+            }
+            if next == *held {
+                // The agent asks anew after a reconnect: say again what is applied.
+                core.in_force.send_modify(|_| {});
+                return Ok(());
+            }
+        }
+        self.trust(core, &next);
+        disk.save_global(&message);
+        self.publish(|view| view.global = Some(Arc::new(next)));
+        Ok(())
+    }
+
+    /// Takes over a new federation bundle if its predecessor vouches for it. A refused one costs only itself: peers under
+    /// the roots known go on working.
+    fn trust(&self, core: &Core, next: &GlobalSnapshot) {
+        let mut membership = self.inner.membership.lock().unwrap_or_else(PoisonError::into_inner);
+        if membership.bundle.document == next.federation_bundle.document {
+            return;
+        }
+        if let Err(error) = verify_successor(&membership.bundle, &next.federation_bundle) {
+            core.metrics.feed_problem("bundle");
+            tracing::error!(error = chain(&error), "the federation's new trust bundle is refused; the old one stands");
+            return;
+        }
+        let new = Membership { bundle: next.federation_bundle.clone(), ..membership.clone() };
+        let kept = new.apply(&core.identity.trust).and_then(|()| new.save(&self.inner.state_dir));
+        match kept {
+            Ok(()) => *membership = new,
+            Err(error) => {
+                core.metrics.feed_problem("bundle");
+                tracing::error!(error = chain(&error), "the federation's new trust bundle cannot be kept");
+            }
+        }
+    }
+
+    fn publish(&self, change: impl FnOnce(&mut View)) {
+        self.inner.view.send_modify(|view| {
+            let mut next = View::clone(view);
+            change(&mut next);
+            *view = Arc::new(next);
+        });
+    }
+
+    /// Renews the certificate whenever it is time, until the gateway stops.
+    pub(crate) async fn renew(self, core: Arc<Core>) {
+        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+        loop {
+            let current = core.identity.source.current();
+            core.metrics.svid_expiry(current.not_after().0);
+            let due = renew::renew_at(&current).0.saturating_sub(isthmus_runtime::now());
+            tokio::select! {
+                () = time::sleep(Duration::from_millis(due)) => {}
+                () = core.stop.cancelled() => return,
+            }
+            match self.renew_once(&core).await {
+                Ok(()) => backoff.reset(),
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), ends = %current.not_after(), "certificate not renewed yet");
+                    tokio::select! {
+                        () = time::sleep(backoff.next()) => {}
+                        () = core.stop.cancelled() => return,
+                    }
+                }
+            }
+        }
+    }
+
+    async fn renew_once(&self, core: &Core) -> Result<(), RenewError> {
+        let key = KeyPair::generate()?;
+        let mut client = LocalClient::new(self.channel(core)?);
+        let call = client.renew(RenewRequest { csr: key.csr_der()? });
+        let response = time::timeout(CALL, call).await.map_err(|_| RenewError::Timeout)??.into_inner();
+        let chain = response.certificate_chain.into_iter().map(CertificateDer::from).collect();
+        let svid = Svid::new(chain, &key)?;
+        if svid.id() != core.identity.source.current().id() {
+            return Err(RenewError::OtherIdentity);
+        }
+        svid.save(&self.inner.state_dir, SVID_NAME)?;
+        tracing::info!(ends = %svid.not_after(), "certificate renewed");
+        core.identity.source.set(svid);
+        Ok(())
+    }
+
+    fn channel(&self, core: &Core) -> Result<Channel, EnrolError> {
+        let membership = self.membership();
+        let policy = membership.agent_policy()?;
+        let tls = tls::client_config(Some(&core.identity.source), &core.identity.trust, policy, &[b"h2"])?;
+        Ok(grpc::connect_lazy(&membership.agent, Arc::new(tls)))
+    }
+
+    fn membership(&self) -> Membership {
+        self.inner.membership.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// A message of the agent that is not applied.
+#[derive(Debug, thiserror::Error)]
+enum Refusal {
+    #[error("it is not valid: {0}")]
+    Invalid(ConvertError),
+    #[error("it is of another federation")]
+    OtherFederation,
+    #[error("it is at {sent}, older than {held}, which is held")]
+    Stale { held: isthmus_model::ids::Stamp, sent: isthmus_model::ids::Stamp },
+}
+
+impl Refusal {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "invalid",
+            Self::OtherFederation => "other_federation",
+            Self::Stale { .. } => "stale",
+        }
+    }
+}
+
+/// The way up of one session.
+struct Uplink(mpsc::Sender<GatewayMessage>);
+
+impl Uplink {
+    async fn send(&self, kind: Up) -> Result<(), SessionError> {
+        let sent = self.0.send_timeout(GatewayMessage { kind: Some(kind) }, CALL).await;
+        sent.map_err(|_| SessionError::Timeout)
+    }
+}

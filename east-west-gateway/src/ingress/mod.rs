@@ -1,0 +1,159 @@
+//! Connections from local sidecars: the listeners they come in on.
+//!
+//! One port where the gateway chooses the cluster, and one for each other active cluster, at a fixed base plus the
+//! cluster's index. Level-triggered: listeners are bound and dropped as the view's clusters come and go. A port that is
+//! taken is reported and tried again; it never stops the others.
+
+pub(crate) mod budget;
+mod connection;
+mod place;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use isthmus_model::{global::ClusterState, ids::ClusterName};
+use isthmus_runtime::net;
+use tokio::{net::TcpListener, time};
+use tokio_util::sync::CancellationToken;
+
+use crate::{core::Core, splice, view::View};
+
+/// Between attempts to bind a port that was taken.
+const REBIND: Duration = Duration::from_secs(1);
+/// After a failed accept, such as for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// What a listener's connections may ask for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Entry {
+    /// The gateway chooses.
+    Auto,
+    /// This cluster only.
+    Pinned(ClusterName),
+}
+
+/// Where each pinned cluster is listened for: what tests and `/debug/listeners` see.
+#[derive(Debug, Default)]
+pub(crate) struct Listeners {
+    pinned: Mutex<BTreeMap<ClusterName, SocketAddr>>,
+}
+
+impl Listeners {
+    /// The bound pinned ports.
+    pub(crate) fn pinned(&self) -> BTreeMap<ClusterName, SocketAddr> {
+        self.pinned.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, cluster: &ClusterName, address: Option<SocketAddr>) {
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        match address {
+            Some(address) => pinned.insert(cluster.clone(), address),
+            None => pinned.remove(cluster),
+        };
+    }
+}
+
+/// Serves all listeners until the drain closes them.
+pub(crate) async fn listen(core: Arc<Core>, auto: TcpListener, listeners: Arc<Listeners>) {
+    core.tasks.spawn("ingress.auto", accept(core.clone(), auto, Entry::Auto, core.closing.clone()));
+    let mut view = core.view.clone();
+    let mut bound: BTreeMap<(ClusterName, u16), CancellationToken> = BTreeMap::new();
+    loop {
+        let missing = reconcile(&core, &listeners, &mut bound).await;
+        let retry = async { if missing { time::sleep(REBIND).await } else { std::future::pending().await } };
+        tokio::select! {
+            () = core.closing.cancelled() => return,
+            () = retry => {}
+            changed = view.changed() => if changed.is_err() {
+                core.closing.cancelled().await;
+                return;
+            }
+        }
+    }
+}
+
+/// Makes the pinned listeners fit the view. Returns whether one could not be bound.
+async fn reconcile(
+    core: &Arc<Core>,
+    listeners: &Arc<Listeners>,
+    bound: &mut BTreeMap<(ClusterName, u16), CancellationToken>,
+) -> bool {
+    let view = core.current_view();
+    let wanted = wanted(core, &view);
+    bound.retain(|key, stop| {
+        let keep = wanted.contains(key);
+        if !keep {
+            stop.cancel();
+            listeners.set(&key.0, None);
+        }
+        keep
+    });
+    let mut missing = false;
+    for (cluster, port) in wanted {
+        if bound.contains_key(&(cluster.clone(), port)) {
+            continue;
+        }
+        let address = SocketAddr::new(core.config.listen.local, port);
+        match net::bind_tcp(address, "listen.pinnedPortBase").await {
+            Ok(listener) => {
+                listeners.set(&cluster, listener.local_addr().ok());
+                let stop = core.closing.child_token();
+                let entry = Entry::Pinned(cluster.clone());
+                core.tasks.spawn("ingress.pinned", accept(core.clone(), listener, entry, stop.clone()));
+                bound.insert((cluster, port), stop);
+            }
+            Err(error) => {
+                tracing::warn!(%cluster, %error, "traffic pinned to this cluster cannot enter; trying again");
+                core.metrics.reject("pinned_port_taken");
+                missing = true;
+            }
+        }
+    }
+    if let Some(global) = &view.global {
+        core.in_force.send_if_modified(|stamp| stamp.replace(global.stamp) != Some(global.stamp));
+    }
+    missing
+}
+
+/// Each other active cluster and its port; port 0 where the base is 0.
+fn wanted(core: &Core, view: &View) -> BTreeSet<(ClusterName, u16)> {
+    let Some(global) = &view.global else { return BTreeSet::new() };
+    let base = core.config.listen.pinned_port_base;
+    let port = |index: u16| if base == 0 { Some(0) } else { base.checked_add(index) };
+    let others = global.clusters.values().filter(|c| c.state == ClusterState::Active && c.name != core.cluster);
+    others.filter_map(|c| Some((c.name.clone(), port(c.index.0)?))).collect()
+}
+
+async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: CancellationToken) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = stop.cancelled() => return,
+        };
+        let tcp = match accepted {
+            Ok((tcp, _)) => tcp,
+            Err(error) => {
+                tracing::warn!(%error, "accept failed");
+                core.metrics.reject("accept_failed");
+                time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let slots = (core.local_slots.clone().try_acquire_owned(), core.hello_slots.clone().try_acquire_owned());
+        let (Ok(open), Ok(hello)) = slots else {
+            core.metrics.reject("overloaded");
+            splice::abort(&tcp);
+            continue;
+        };
+        let carried = core.carried.token();
+        let connection = connection::Local { core: core.clone(), entry: entry.clone(), tcp, carried };
+        core.tasks.spawn("ingress.connection", async move {
+            connection.serve(hello).await;
+            drop(open);
+        });
+    }
+}

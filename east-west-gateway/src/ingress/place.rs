@@ -1,0 +1,252 @@
+//! Placing a connection: one attempt after the other until a first byte comes back.
+//!
+//! What is sent in an attempt is a header and the ClientHello, and the client has seen nothing; so a failed attempt is
+//! followed by the same hello elsewhere, and the app sees a slower connect instead of an error. The first byte back ends
+//! that. Nothing is read from the client meanwhile; only its leaving is noticed.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use isthmus_api::proto::tunnel::v1::{Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
+use isthmus_model::sni;
+use quinn::SendStream;
+use tokio::{net::TcpStream, time};
+
+use crate::{
+    access::Access,
+    availability::Lease,
+    choose::{After, Plan},
+    core::Core,
+    egress::endpoint::{self, Answered, Request},
+    frame::{self, FrameReader, MAX_HEADER},
+    splice::{self, Far},
+    tunnel::{
+        VERSION,
+        registry::{Held, Tunnel},
+    },
+};
+
+/// What the far gateway's answer needs on top of the round trip.
+const MARGIN: Duration = Duration::from_millis(50);
+
+/// Why a connection could not be placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unplaced {
+    /// All that was worth trying failed, the last one so.
+    Failed(&'static str),
+    /// Usable clusters, but no tunnel to any.
+    NoTunnel,
+    /// Too many replays lately.
+    Budget,
+    /// The client left meanwhile.
+    ClientGone,
+}
+
+impl Unplaced {
+    pub(super) fn label(self) -> &'static str {
+        match self {
+            Self::Failed(_) => "attempts_failed",
+            Self::NoTunnel => "no_tunnel",
+            Self::Budget => "replay_budget",
+            Self::ClientGone => "client_gone",
+        }
+    }
+}
+
+/// A connection that was placed.
+#[derive(Debug)]
+pub(super) struct Placed {
+    pub(super) far: Far,
+    /// The first bytes back.
+    pub(super) first: Bytes,
+    /// Counts against whoever carries it.
+    pub(super) held: HeldBy,
+}
+
+/// Dropped when the connection has ended.
+#[derive(Debug)]
+#[expect(dead_code, reason = "held for their drop")]
+pub(super) enum HeldBy {
+    Tunnel(Held),
+    Endpoint(Lease),
+}
+
+/// What all attempts share.
+pub(super) struct Placing<'a> {
+    pub(super) core: &'a Arc<Core>,
+    pub(super) client: &'a TcpStream,
+    pub(super) route: &'a sni::Route,
+    pub(super) hello: &'a [u8],
+}
+
+/// A failed attempt: its label, and what comes next.
+type Failed = (&'static str, After);
+
+impl Placing<'_> {
+    /// Works through `plan`.
+    pub(super) async fn place(&self, mut plan: Plan, access: &mut Access) -> Result<Placed, Unplaced> {
+        let began = Instant::now();
+        let config = &self.core.config.ingress;
+        let mut tried: Vec<u64> = Vec::new();
+        let mut last = Unplaced::NoTunnel;
+        let mut first = true;
+        while let Some(cluster) = plan.next().cloned() {
+            let local = cluster == self.core.cluster;
+            let tunnel = if local { None } else { self.core.registry.pick(&cluster, &tried) };
+            if !local && tunnel.is_none() {
+                if first {
+                    self.core.metrics.attempt(&cluster, "no_tunnel");
+                    access.tried(&cluster, "no_tunnel");
+                }
+                plan.skip();
+                continue;
+            }
+            let left = match self.route.cluster {
+                Some(_) => config.pinned_timeout.saturating_sub(began.elapsed()).min(config.attempt_timeout),
+                None => config.attempt_timeout,
+            };
+            if left.is_zero() {
+                break;
+            }
+            if first {
+                self.core.note_first_attempt();
+            } else if !self.core.may_replay() {
+                return Err(Unplaced::Budget);
+            }
+            first = false;
+            let attempt = async {
+                match &tunnel {
+                    Some(tunnel) => self.through(tunnel, left, &access.traceparent()).await,
+                    None => self.locally(left).await,
+                }
+            };
+            let outcome = tokio::select! {
+                outcome = attempt => outcome,
+                () = gone(self.client) => {
+                    self.core.metrics.attempt(&cluster, Unplaced::ClientGone.label());
+                    return Err(Unplaced::ClientGone);
+                }
+            };
+            tried.extend(tunnel.map(|t| t.id));
+            let label = outcome.as_ref().map_or_else(|(label, _)| *label, |_| "accepted");
+            self.core.metrics.attempt(&cluster, label);
+            access.tried(&cluster, label);
+            match outcome {
+                Ok(placed) => {
+                    self.core.metrics.first_byte(&cluster, began.elapsed());
+                    access.destined(&cluster);
+                    return Ok(placed);
+                }
+                Err((label, after)) => {
+                    last = Unplaced::Failed(label);
+                    // The own cluster's endpoints are all that it has.
+                    plan.failed(if local { After::NextCluster } else { after });
+                }
+            }
+        }
+        Err(last)
+    }
+
+    async fn locally(&self, deadline: Duration) -> Result<Placed, Failed> {
+        let view = self.core.current_view();
+        let Some(service) = view.service(&self.route.service) else { return Err(("gone", After::NextCluster)) };
+        let request = Request {
+            service,
+            port: self.route.port,
+            selector: self.route.selector.as_deref(),
+            hello: self.hello,
+            deadline,
+        };
+        match endpoint::first_byte(self.core, request).await {
+            Ok(Answered { tcp, first, lease }) => {
+                Ok(Placed { far: Far::Tcp(tcp), first, held: HeldBy::Endpoint(lease) })
+            }
+            Err(failure) => Err((failure.label(), After::NextCluster)),
+        }
+    }
+
+    async fn through(&self, tunnel: &Arc<Tunnel>, deadline: Duration, traceparent: &str) -> Result<Placed, Failed> {
+        let held = tunnel.hold();
+        match time::timeout(deadline, self.exchange(tunnel, deadline, traceparent)).await {
+            Ok(Ok((far, first))) => Ok(Placed { far, first, held: HeldBy::Tunnel(held) }),
+            Ok(Err(failed)) => Err(failed),
+            // The far gateway should have spoken up before: it, not its endpoints, is what is slow.
+            Err(_) => Err(("silent", After::SameCluster)),
+        }
+    }
+
+    async fn exchange(&self, tunnel: &Tunnel, deadline: Duration, traceparent: &str) -> Result<(Far, Bytes), Failed> {
+        const LOST: Failed = ("tunnel_lost", After::SameCluster);
+        const BROKEN: Failed = ("protocol", After::SameCluster);
+        let for_endpoint = deadline.saturating_sub(tunnel.rtt() + MARGIN).max(MARGIN);
+        let header = StreamHeader {
+            version: VERSION,
+            service: Some((&self.route.service).into()),
+            port: self.route.port.into(),
+            selector: self.route.selector.clone().unwrap_or_default(),
+            deadline_ms: u32::try_from(for_endpoint.as_millis()).unwrap_or(u32::MAX),
+            traceparent: traceparent.to_owned(),
+        };
+        let mut flight = frame::encode(&header).map_err(|_| BROKEN)?;
+        flight.extend_from_slice(self.hello);
+        let (send, recv) = tunnel.connection.open_bi().await.map_err(|_| LOST)?;
+        let mut stream = Opened { send: Some(send), reader: Some(FrameReader::new(recv, MAX_HEADER)) };
+        let (Some(send), Some(reader)) = (&mut stream.send, &mut stream.reader) else { return Err(BROKEN) };
+        send.write_all(&flight).await.map_err(|_| LOST)?;
+        match reader.next::<StreamReply>().await {
+            Ok(StreamReply { kind: Some(Kind::Accept(_)) }) => stream.into_far().ok_or(BROKEN),
+            Ok(StreamReply { kind: Some(Kind::Reject(reject)) }) => Err(rejected(&reject)),
+            Ok(StreamReply { kind: None }) => Err(BROKEN),
+            Err(frame::FrameError::Broken(_) | frame::FrameError::Ended) => Err(LOST),
+            Err(_) => Err(BROKEN),
+        }
+    }
+}
+
+/// A stream that is reset unless it comes to be used: dropping it alone would read as an orderly end.
+struct Opened {
+    send: Option<SendStream>,
+    reader: Option<FrameReader>,
+}
+
+impl Opened {
+    fn into_far(mut self) -> Option<(Far, Bytes)> {
+        let (recv, first) = self.reader.take()?.into_parts();
+        Some((Far::Tunnel(self.send.take()?, recv), first))
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if let (Some(mut send), Some(reader)) = (self.send.take(), self.reader.take()) {
+            splice::reset(&mut send, &mut reader.into_parts().0);
+        }
+    }
+}
+
+fn rejected(reject: &Reject) -> Failed {
+    let (label, after) = match reject.reason() {
+        RejectReason::Unspecified => ("rejected", After::NextCluster),
+        RejectReason::Version => ("rejected_version", After::SameCluster),
+        RejectReason::Malformed => ("rejected_malformed", After::Nobody),
+        RejectReason::NotExported => ("rejected_not_exported", After::NextCluster),
+        RejectReason::Forbidden => ("rejected_forbidden", After::NextCluster),
+        RejectReason::NoEndpoint => ("rejected_no_endpoint", After::NextCluster),
+        RejectReason::ConnectFailed => ("rejected_connect_failed", After::NextCluster),
+        RejectReason::Overloaded => ("rejected_overloaded", After::SameCluster),
+        RejectReason::Draining => ("rejected_draining", After::SameCluster),
+        RejectReason::Timeout => ("rejected_timeout", After::NextCluster),
+    };
+    (label, if reject.retry_elsewhere { after } else { After::Nobody })
+}
+
+/// Resolves when the client ends or breaks. A byte after its hello stays unread: it goes out after the accept.
+async fn gone(client: &TcpStream) {
+    match client.peek(&mut [0; 1]).await {
+        Ok(n) if n > 0 => std::future::pending().await,
+        _ => {}
+    }
+}

@@ -1,0 +1,40 @@
+//! isthmus-gateway: carries connections between clusters without reading them.
+//!
+//! A local sidecar's TLS connection comes in ([`ingress`]), its ClientHello is peeked for the server name ([`hello`]), a
+//! cluster is chosen by evidence ([`observed`], [`choose`]), and the bytes go through a QUIC tunnel ([`tunnel`]) to a
+//! gateway over there, which hands them to an endpoint ([`egress`]). Until the endpoint's first byte comes back the
+//! ClientHello can be replayed elsewhere. [`availability`] knows the own endpoints, [`feed`] the agent.
+//!
+//! [`build`] binds, [`Bound::run`] serves; main and tests use both. Deliberately absent: workload keys, plaintext, and any
+//! decision about order or policy, which is `isthmus_model`'s.
+
+mod access;
+mod availability;
+mod choose;
+pub mod config;
+mod core;
+mod debug;
+mod egress;
+mod feed;
+mod frame;
+mod hello;
+mod ingress;
+mod metrics;
+mod observed;
+mod serve;
+mod splice;
+#[cfg(test)]
+mod testkit;
+#[cfg(test)]
+mod tests;
+mod tunnel;
+mod view;
+
+pub use crate::{
+    config::Config,
+    debug::Inspector,
+    feed::{Feed, Given},
+    serve::{Bound, BuildError, RunError, build},
+    tunnel::registry::TunnelInfo,
+    view::View,
+};

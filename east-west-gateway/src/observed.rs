@@ -1,0 +1,201 @@
+//! What this gateway knows of every cluster's ability to serve, with its history: the evidence that
+//! [`isthmus_model::failover::choose`] decides on.
+//!
+//! In: the registry's evidence per remote cluster, the local pool's table, and the view (what is exported at all). Out:
+//! candidates, and a version that moves whenever something changed, which is when the agent is told.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use isthmus_model::{
+    availability::{Availability, Observation, Observations, Report},
+    failover::{self, Candidate},
+    global::{GlobalService, GlobalSnapshot},
+    ids::{ClusterName, ServiceName},
+    time::Timestamp,
+};
+use tokio::sync::watch;
+
+use crate::{
+    tunnel::{outbox::Table, registry::Evidence},
+    view::View,
+};
+
+/// The observations of one gateway, of cluster `own`.
+#[derive(Debug)]
+pub(crate) struct Observed {
+    own: ClusterName,
+    inner: Mutex<Observations>,
+    version: watch::Sender<u64>,
+}
+
+impl Observed {
+    /// Nothing is known yet.
+    pub(crate) fn new(own: ClusterName) -> Self {
+        Self { own, inner: Mutex::default(), version: watch::Sender::default() }
+    }
+
+    /// Moves whenever something changed.
+    pub(crate) fn version(&self) -> watch::Receiver<u64> {
+        self.version.subscribe()
+    }
+
+    /// Something changed that is not an observation but is reported with them: a tunnel's state.
+    pub(crate) fn touch(&self) {
+        self.version.send_modify(|v| *v += 1);
+    }
+
+    /// Brings what is known of the remote `cluster` up to date. `evidence` is asked under the lock, so that of two
+    /// refreshes at once the later one wins with the later evidence.
+    pub(crate) fn refresh(&self, cluster: &ClusterName, view: &View, evidence: impl FnOnce() -> Option<Evidence>) {
+        let now = now();
+        let mut known = self.lock();
+        let mut changed = false;
+        match (evidence(), &view.global) {
+            (Some(evidence), Some(global)) if view.is_active(cluster) => {
+                known.retain(|service, c| {
+                    let keep = c != cluster || exports(global, service, cluster);
+                    changed |= !keep;
+                    keep
+                });
+                for service in global.services.values().filter(|s| s.exporters.contains_key(cluster)) {
+                    if let Some(word) = word(&service.name, cluster, &evidence, &known) {
+                        changed |= known.observe(&service.name, cluster, word, now);
+                    }
+                }
+            }
+            _ => known.retain(|_, c| {
+                changed |= c == cluster;
+                c != cluster
+            }),
+        }
+        drop(known);
+        if changed {
+            self.touch();
+        }
+    }
+
+    /// Brings what is known of the own cluster up to date.
+    pub(crate) fn refresh_own(&self, table: &Table) {
+        let now = now();
+        let mut known = self.lock();
+        known.retain(|service, c| c != &self.own || table.contains_key(service));
+        for (service, word) in table {
+            known.observe(service, &self.own, *word, now);
+        }
+    }
+
+    /// Where `service` may be reached, best first.
+    pub(crate) fn candidates(&self, service: &GlobalService, port: u16, global: &GlobalSnapshot) -> Vec<Candidate> {
+        self.candidates_for(&self.own, service, port, global)
+    }
+
+    /// The same as another cluster would have it from this gateway's knowledge; of use for hard boundaries only.
+    pub(crate) fn candidates_for(
+        &self,
+        caller: &ClusterName,
+        service: &GlobalService,
+        port: u16,
+        global: &GlobalSnapshot,
+    ) -> Vec<Candidate> {
+        failover::choose(service, Some(port), caller, global, &self.lock(), now())
+    }
+
+    /// All that is known of remote clusters.
+    pub(crate) fn report(&self) -> Vec<Report> {
+        let known = self.lock();
+        let remote = known.iter().filter(|(_, cluster, _)| **cluster != self.own);
+        let report = |(service, cluster, observation): (&ServiceName, &ClusterName, &Observation)| Report {
+            service: service.clone(),
+            cluster: cluster.clone(),
+            current: observation.current,
+        };
+        remote.map(report).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Observations> {
+        // Every section leaves the state whole, so a panic in another one does not spoil it.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The word on `service`, if there is one to be had.
+fn word(
+    service: &ServiceName,
+    cluster: &ClusterName,
+    evidence: &Evidence,
+    known: &Observations,
+) -> Option<Availability> {
+    let nothing = Availability { ready: 0, total: 0, reachable: evidence.reachable };
+    match evidence.table.get(service) {
+        Some(word) => Some(Availability { reachable: evidence.reachable, ..*word }),
+        None if !evidence.reachable => evidence.tried.then_some(nothing),
+        // Its peers do not mention it. What was there before is gone; what never was may only be new to them.
+        None => known.find(service, cluster).map(|_| nothing),
+    }
+}
+
+fn exports(global: &GlobalSnapshot, service: &ServiceName, cluster: &ClusterName) -> bool {
+    global.services.get(service).is_some_and(|s| s.exporters.contains_key(cluster))
+}
+
+fn now() -> Timestamp {
+    Timestamp(isthmus_runtime::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use isthmus_model::failover::Eligibility;
+
+    use super::*;
+    use crate::testkit::{cluster, federation, service_name};
+
+    fn evidence(reachable: bool, ready: Option<u8>) -> Option<Evidence> {
+        let word = |ready| (service_name(), Availability { ready, total: 2, reachable: true });
+        Some(Evidence { reachable, tried: true, table: ready.map(word).into_iter().collect() })
+    }
+
+    fn eligibility(observed: &Observed, view: &View) -> Eligibility {
+        let global = view.global.as_ref().unwrap();
+        let candidates = observed.candidates(&global.services[&service_name()], 80, global);
+        candidates.into_iter().find(|c| c.cluster == cluster("west")).unwrap().eligibility
+    }
+
+    #[test]
+    fn a_lost_tunnel_reads_as_unreachable_and_its_return_as_a_recovery() {
+        let view = View { global: Some(federation(&["east", "west"]).into()), ..View::default() };
+        let observed = Observed::new(cluster("east"));
+        assert_eq!(eligibility(&observed, &view), Eligibility::Unknown);
+        observed.refresh(&cluster("west"), &view, || evidence(true, Some(2)));
+        assert_eq!(eligibility(&observed, &view), Eligibility::Ready);
+        observed.refresh(&cluster("west"), &view, || evidence(false, Some(2)));
+        assert_eq!(eligibility(&observed, &view), Eligibility::Unreachable);
+        observed.refresh(&cluster("west"), &view, || evidence(true, Some(2)));
+        assert!(matches!(eligibility(&observed, &view), Eligibility::HoldDown { .. }));
+    }
+
+    #[test]
+    fn what_a_peer_stops_mentioning_has_no_endpoints() {
+        let view = View { global: Some(federation(&["east", "west"]).into()), ..View::default() };
+        let observed = Observed::new(cluster("east"));
+        observed.refresh(&cluster("west"), &view, || evidence(true, None));
+        assert_eq!(eligibility(&observed, &view), Eligibility::Unknown);
+        observed.refresh(&cluster("west"), &view, || evidence(true, Some(1)));
+        observed.refresh(&cluster("west"), &view, || evidence(true, None));
+        assert_eq!(eligibility(&observed, &view), Eligibility::NoEndpoints);
+    }
+
+    #[test]
+    fn only_changes_move_the_version() {
+        let view = View { global: Some(federation(&["east", "west"]).into()), ..View::default() };
+        let observed = Observed::new(cluster("east"));
+        let mut version = observed.version();
+        observed.refresh(&cluster("west"), &view, || evidence(true, Some(1)));
+        assert!(version.has_changed().unwrap());
+        version.mark_unchanged();
+        observed.refresh(&cluster("west"), &view, || evidence(true, Some(1)));
+        assert!(!version.has_changed().unwrap());
+        observed.refresh(&cluster("west"), &view, || None);
+        assert!(version.has_changed().unwrap());
+        assert!(observed.report().is_empty());
+    }
+}

@@ -1,0 +1,73 @@
+//! Leaving: peers are told, running connections finish, new ones are served until the doors close.
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use super::rig::{Gateway, Server, connected, knock, read, sni, until};
+
+#[tokio::test]
+async fn a_draining_gateway_finishes_what_it_carries_and_takes_nothing_new() {
+    let west = Server::bind().await;
+    let (mut gateways, _) = connected(&[("east", &[]), ("west", &[west.address])]).await;
+    let mut client = knock(gateways[0].auto, &sni(None)).await;
+    let mut served = west.greet(b"hi").await;
+    read(&mut client, 2).await;
+
+    gateways[1].drain();
+    until("east is told", || gateways[0].eligibility("west").as_deref() == Some("unreachable")).await;
+    // The running connection goes on, in both directions, to its orderly end.
+    client.write_all(b"still").await.unwrap();
+    assert_eq!(read(&mut served, 5).await, b"still");
+    served.write_all(b"here").await.unwrap();
+    served.shutdown().await.unwrap();
+    let mut rest = Vec::new();
+    client.read_to_end(&mut rest).await.unwrap();
+    assert_eq!(rest, b"here");
+    client.shutdown().await.unwrap();
+    drop((client, served));
+    gateways[1].ended().await;
+}
+
+#[tokio::test]
+async fn the_near_gateway_drains_too() {
+    let west = Server::bind().await;
+    let (mut gateways, _) = connected(&[("east", &[]), ("west", &[west.address])]).await;
+    let mut client = knock(gateways[0].auto, &sni(None)).await;
+    let mut served = west.greet(b"hi").await;
+    read(&mut client, 2).await;
+    let auto = gateways[0].auto;
+    gateways[0].drain();
+    let core = gateways[0].core().await;
+    core.closing.cancelled().await;
+    let closed = async || TcpStream::connect(auto).await.is_err();
+    isthmus_runtime::wait::wait_for("the door is closed", super::rig::SOON, closed).await.unwrap();
+    client.write_all(b"bye").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut request = Vec::new();
+    served.read_to_end(&mut request).await.unwrap();
+    assert_eq!(request, b"bye");
+    served.shutdown().await.unwrap();
+    assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
+    gateways[0].ended().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_outlasts_the_deadline_is_reset() {
+    let east = Server::bind().await;
+    let mut gateway = Gateway::start_with("east", |config| {
+        config.drain.deadline = std::time::Duration::from_millis(300);
+    })
+    .await;
+    gateway.set_endpoints(&[east.address]);
+    gateway.set_global(&crate::testkit::federation(&["east"]));
+    gateway.sees_ready("east").await;
+    let mut client = knock(gateway.auto, &sni(None)).await;
+    let mut served = east.greet(b"hi").await;
+    read(&mut client, 2).await;
+    gateway.drain();
+    assert!(client.read(&mut [0; 1]).await.is_err());
+    assert!(served.read(&mut [0; 1]).await.is_err());
+    gateway.ended().await;
+}

@@ -1,0 +1,289 @@
+//! The agent's feed, against a server that speaks the agent's part: enrolment, state, acknowledgements, restart from disk.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use isthmus_api::proto::local::v1::{
+    DnsMessage, DnsUpdate, EnrolRequest, EnrolResponse, GatewayMessage, GatewayUpdate,
+    LocalEndpoints as EndpointsMessage, RenewRequest, SidecarMessage, SidecarUpdate,
+    gateway_message::Kind as Up,
+    gateway_update::Kind as Down,
+    local_server::{Local, LocalServer},
+};
+use isthmus_identity::{
+    grpc::TlsIncoming,
+    keys::KeyPair,
+    svid::Svid,
+    tls::{self, ClientAuth, IdentitySource},
+    token::{Token, TokenKind, TokenSpec},
+};
+use isthmus_model::{
+    global::GlobalSnapshot,
+    ids::{Revision, SpiffeId},
+    time::Timestamp,
+};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status, Streaming, transport::Server};
+
+use super::rig::{ca, config, local, next, trust, until};
+use crate::{
+    Feed, Inspector, build,
+    testkit::{FEDERATION, cluster, federation, service_name},
+};
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// What the server was told, and the way down of the latest feed.
+#[derive(Default)]
+struct Told {
+    enrolled: usize,
+    messages: Vec<Up>,
+    down: Option<mpsc::Sender<Result<GatewayUpdate, Status>>>,
+}
+
+#[derive(Clone, Default)]
+struct Agent {
+    told: Arc<Mutex<Told>>,
+    secret: String,
+}
+
+fn sign(role: &str, csr: &[u8]) -> Vec<Vec<u8>> {
+    let id = SpiffeId::component(&FEDERATION.parse().unwrap(), &cluster("east"), role).unwrap();
+    ca().sign_csr(csr, &id, &[], DAY).unwrap().iter().map(|c| c.to_vec()).collect()
+}
+
+fn never<T>() -> Result<Response<ReceiverStream<Result<T, Status>>>, Status> {
+    Err(Status::unimplemented("not a gateway's"))
+}
+
+#[tonic::async_trait]
+impl Local for Agent {
+    type GatewayFeedStream = ReceiverStream<Result<GatewayUpdate, Status>>;
+    type DnsFeedStream = ReceiverStream<Result<DnsUpdate, Status>>;
+    type SidecarFeedStream = ReceiverStream<Result<SidecarUpdate, Status>>;
+
+    async fn enrol(&self, request: Request<EnrolRequest>) -> Result<Response<EnrolResponse>, Status> {
+        let request = request.into_inner();
+        if request.secret != self.secret {
+            return Err(Status::unauthenticated("the token was used already"));
+        }
+        self.told.lock().unwrap().enrolled += 1;
+        Ok(Response::new(EnrolResponse {
+            certificate_chain: sign("gateway", &request.csr),
+            cluster: "east".into(),
+            federation: FEDERATION.into(),
+            federation_bundle: Some((&ca().bundle()).into()),
+            name: "gateway-1".into(),
+        }))
+    }
+
+    async fn renew(&self, _: Request<RenewRequest>) -> Result<Response<EnrolResponse>, Status> {
+        Err(Status::unavailable("not needed"))
+    }
+
+    async fn gateway_feed(
+        &self,
+        request: Request<Streaming<GatewayMessage>>,
+    ) -> Result<Response<Self::GatewayFeedStream>, Status> {
+        let (down, stream) = mpsc::channel(8);
+        self.told.lock().unwrap().down = Some(down);
+        let (told, mut up) = (self.told.clone(), request.into_inner());
+        tokio::spawn(async move {
+            while let Some(Ok(message)) = up.next().await {
+                told.lock().unwrap().messages.extend(message.kind);
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(stream)))
+    }
+
+    async fn dns_feed(&self, _: Request<Streaming<DnsMessage>>) -> Result<Response<Self::DnsFeedStream>, Status> {
+        never()
+    }
+
+    async fn sidecar_feed(
+        &self,
+        _: Request<Streaming<SidecarMessage>>,
+    ) -> Result<Response<Self::SidecarFeedStream>, Status> {
+        never()
+    }
+}
+
+impl Agent {
+    /// Serves until aborted; the token admits `gateway-1`.
+    async fn serve() -> (Self, Token, JoinHandle<()>) {
+        isthmus_identity::install_crypto();
+        let key = KeyPair::generate().unwrap();
+        let chain = sign("agent", &key.csr_der().unwrap()).into_iter().map(Into::into).collect();
+        let source = IdentitySource::new(Svid::new(chain, &key).unwrap());
+        let tls = tls::server_config(&source, &trust(), ClientAuth::Optional(Arc::new(|_| true)), &[b"h2"]).unwrap();
+        let listener = TcpListener::bind(local(0)).await.unwrap();
+        let token = Token::mint(TokenSpec {
+            kind: TokenKind::Local,
+            address: listener.local_addr().unwrap().to_string(),
+            ca_pin: ca().root_sha256(),
+            cluster: cluster("east"),
+            subject: "gateway/gateway-1".to_owned(),
+            expires_at: Timestamp(isthmus_runtime::now() + 60_000),
+        });
+        let agent = Self { secret: token.secret.clone(), ..Self::default() };
+        let server = Server::builder().add_service(LocalServer::new(agent.clone()));
+        let incoming = TlsIncoming::new(listener, Arc::new(tls));
+        let task = tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
+        (agent, token, task)
+    }
+
+    async fn send(&self, kind: Down) {
+        until("the feed is connected", || self.told.lock().unwrap().down.is_some()).await;
+        let down = self.told.lock().unwrap().down.clone().unwrap();
+        down.send(Ok(GatewayUpdate { kind: Some(kind) })).await.unwrap();
+    }
+
+    async fn send_global(&self, global: &GlobalSnapshot) {
+        self.send(Down::Global(global.into())).await;
+    }
+
+    async fn hears(&self, what: &str, wanted: impl Fn(&Up) -> bool) {
+        until(what, || self.told.lock().unwrap().messages.iter().any(&wanted)).await;
+    }
+}
+
+/// A gateway that lives in `dir` and is fed by its agent.
+struct Fed {
+    inspector: Inspector,
+    health: SocketAddr,
+    stop: oneshot::Sender<()>,
+    ended: JoinHandle<Result<(), crate::RunError>>,
+}
+
+impl Fed {
+    async fn start(dir: &Path, token: &Token) -> Self {
+        let mut config = config("gateway-1");
+        config.state_dir = dir.join("state");
+        config.agent_token_file = Some(dir.join("token"));
+        config.listen.pinned_port_base = 0;
+        std::fs::write(dir.join("token"), token.encode()).unwrap();
+        let bound = build(config, Feed::Agent).await.unwrap();
+        let (inspector, health) = (bound.inspector(), bound.health_addr());
+        let (stop, stopped) = oneshot::channel();
+        let ended = tokio::spawn(bound.run(async move { drop(stopped.await) }));
+        Self { inspector, health, stop, ended }
+    }
+
+    /// The health server's answer to `path`.
+    async fn get(&self, path: &str) -> String {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let mut tcp = tokio::net::TcpStream::connect(self.health).await.unwrap();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+        tcp.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        tcp.read_to_string(&mut answer).await.unwrap();
+        answer
+    }
+
+    async fn becomes_ready(&self) {
+        let ready = async || self.get("/readyz").await.starts_with("HTTP/1.1 200");
+        isthmus_runtime::wait::wait_for("ready", super::rig::SOON, ready).await.unwrap();
+    }
+
+    async fn end(self) {
+        self.stop.send(()).unwrap();
+        self.ended.await.unwrap().unwrap();
+    }
+}
+
+fn state() -> GlobalSnapshot {
+    let mut global = federation(&["east", "west"]);
+    global.federation_bundle = ca().bundle();
+    // One bundle each, as trust domains have one owner; these are never read by a gateway.
+    global
+}
+
+fn applied(global: &GlobalSnapshot) -> impl Fn(&Up) -> bool + use<> {
+    let stamp = isthmus_api::proto::common::v1::Stamp::from(global.stamp);
+    move |up| matches!(up, Up::Applied(s) if *s == stamp)
+}
+
+#[tokio::test]
+async fn a_gateway_enrols_once_follows_its_agent_and_restarts_from_disk_without_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, token, serving) = Agent::serve().await;
+    let gateway = Fed::start(dir.path(), &token).await;
+    assert!(gateway.get("/readyz").await.starts_with("HTTP/1.1 503"), "not ready before the first state");
+    let global = state();
+    agent.send_global(&global).await;
+    agent.send(Down::Endpoints(EndpointsMessage::default())).await;
+    agent.hears("the state is applied", applied(&global)).await;
+    agent.hears("a report", |up| matches!(up, Up::Availability(_))).await;
+    assert!(matches!(agent.told.lock().unwrap().messages.first(), Some(Up::Hello(h)) if h.name == "gateway-1"));
+    gateway.becomes_ready().await;
+    let candidates = gateway.get("/debug/candidates?service=shop/orders&port=80").await;
+    assert!(candidates.contains("\"cluster\":\"west\""), "{candidates}");
+    assert!(gateway.get("/debug/candidates?service=shop/nothing&port=80").await.starts_with("HTTP/1.1 404"));
+    let metrics = gateway.get("/metrics").await;
+    assert!(metrics.contains("isthmus_gateway_revision 1\n"), "{metrics}");
+
+    gateway.end().await;
+    agent.hears("it drains", |up| matches!(up, Up::Draining(_))).await;
+    assert_eq!(agent.told.lock().unwrap().enrolled, 1);
+    serving.abort();
+    // No agent any more, and a used token: the disk is enough.
+    let gateway = Fed::start(dir.path(), &token).await;
+    gateway.becomes_ready().await;
+    assert!(gateway.inspector.candidates(&service_name(), 80).is_some());
+    gateway.end().await;
+}
+
+#[tokio::test]
+async fn an_older_or_foreign_state_is_refused_and_the_one_held_stands() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, token, _serving) = Agent::serve().await;
+    let gateway = Fed::start(dir.path(), &token).await;
+    let mut held = next(&state());
+    held.stamp.revision = Revision(7);
+    agent.send_global(&held).await;
+    agent.hears("revision 7 is applied", applied(&held)).await;
+    agent.send_global(&state()).await;
+    let mut foreign = next(&held);
+    foreign.federation = "other.example".parse().unwrap();
+    foreign.federation_bundle.trust_domain = foreign.federation.clone();
+    agent.send_global(&foreign).await;
+    let refused = async || {
+        let metrics = gateway.get("/metrics").await;
+        metrics.contains("feed_problems_total{reason=\"stale\"} 1")
+            && metrics.contains("reason=\"other_federation\"} 1")
+    };
+    isthmus_runtime::wait::wait_for("both are refused", super::rig::SOON, refused).await.unwrap();
+    assert!(gateway.get("/metrics").await.contains("isthmus_gateway_revision 7\n"));
+    gateway.end().await;
+}
+
+#[tokio::test]
+async fn a_token_that_was_used_stops_the_gateway_with_the_agents_words() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_agent, mut token, _serving) = Agent::serve().await;
+    token.secret = "used".to_owned();
+    let gateway = Fed::start(dir.path(), &token).await;
+    let error = gateway.ended.await.unwrap().unwrap_err();
+    let text = isthmus_runtime::tasks::chain(&error);
+    assert!(text.contains("refused to enrol") && text.contains("the token was used already"), "{text}");
+}
+
+#[tokio::test]
+async fn a_token_for_another_gateway_is_not_even_sent() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, mut token, _serving) = Agent::serve().await;
+    token.subject = "gateway/gateway-2".to_owned();
+    let gateway = Fed::start(dir.path(), &token).await;
+    let text = isthmus_runtime::tasks::chain(&gateway.ended.await.unwrap().unwrap_err());
+    assert!(text.contains("gateway/gateway-2"), "{text}");
+    assert_eq!(agent.told.lock().unwrap().enrolled, 0);
+}

@@ -1,0 +1,8 @@
+//! Whole gateways in one process: real sockets, real QUIC, real TLS, with the view given by the test.
+
+mod bad_input;
+mod carry;
+mod drain;
+mod evidence;
+mod feed;
+mod rig;

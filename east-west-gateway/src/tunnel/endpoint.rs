@@ -1,0 +1,168 @@
+//! The QUIC endpoint: one UDP socket that both dials and accepts.
+//!
+//! In: the bound socket, the gateway's identity and the federation's roots. Out: a quinn endpoint whose handshakes are
+//! mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded by configuration.
+
+use std::{net::UdpSocket, sync::Arc, time::Duration};
+
+use isthmus_identity::{
+    bundle::TrustStore,
+    tls::{self, ClientAuth, IdentitySource, PeerPolicy},
+};
+use isthmus_model::ids::{ClusterName, SpiffeId, TrustDomain};
+use prometheus_client::metrics::counter::Counter;
+use quinn::{
+    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, MtuDiscoveryConfig, TokioRuntime, TransportConfig,
+    VarInt,
+    crypto::rustls::{QuicClientConfig, QuicServerConfig},
+};
+use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
+use socket2::SockRef;
+
+use super::ALPN;
+use crate::config::TunnelConfig;
+
+/// RFC 9000: what every path carries, and what quinn reads by default.
+const DEFAULT_PAYLOAD: u16 = 1_472;
+
+/// Why the endpoint, or a dialler's side of it, cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum EndpointError {
+    /// The TLS configuration is not usable.
+    #[error("make the tunnel's TLS configuration")]
+    Tls(#[source] isthmus_identity::tls::TlsError),
+    /// The provider lacks QUIC's initial cipher suite.
+    #[error("the TLS provider cannot do QUIC")]
+    Cipher(#[from] quinn::crypto::rustls::NoInitialCipherSuite),
+    /// The socket cannot be used.
+    #[error("use the tunnel's UDP socket")]
+    Socket(#[source] std::io::Error),
+    /// A configured number does not fit QUIC.
+    #[error("tunnel.{0} does not fit QUIC")]
+    Number(&'static str),
+}
+
+/// What both sides of the tunnel need.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    /// This gateway's certificate, swapped on renewal.
+    pub(crate) source: IdentitySource,
+    /// The federation's roots.
+    pub(crate) trust: TrustStore,
+    /// The federation's trust domain.
+    pub(crate) federation: TrustDomain,
+}
+
+/// The cluster whose gateway `id` names, if it is one of this federation's.
+pub(crate) fn gateway_cluster(id: &SpiffeId, federation: &TrustDomain) -> Option<ClusterName> {
+    if id.trust_domain() != federation {
+        return None;
+    }
+    let segments: Vec<&str> = id.segments().collect();
+    match segments.as_slice() {
+        ["cluster", cluster, "gateway"] => cluster.parse().ok(),
+        _ => None,
+    }
+}
+
+/// The endpoint on `socket`, accepting from gateways of this federation. `garbage` counts datagrams that are no QUIC of
+/// ours.
+pub(crate) fn endpoint(
+    socket: UdpSocket,
+    config: &TunnelConfig,
+    identity: &Identity,
+    garbage: Counter,
+) -> Result<Endpoint, EndpointError> {
+    grow_buffers(&socket, config.socket_buffer_bytes);
+    let federation = identity.federation.clone();
+    let policy: PeerPolicy = Arc::new(move |id| gateway_cluster(id, &federation).is_some());
+    let tls = tls::server_config(&identity.source, &identity.trust, ClientAuth::Required(policy), &[ALPN])
+        .map_err(EndpointError::Tls)?;
+    let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+    server.transport_config(Arc::new(transport(config)?));
+    // Handshakes that were not looked at yet; the rest is refused.
+    server.max_incoming(config.max_connections);
+    let mut endpoint = EndpointConfig::default();
+    endpoint
+        .max_udp_payload_size(config.mtu.max(DEFAULT_PAYLOAD))
+        .map_err(|_| EndpointError::Number("mtu"))?
+        .cid_generator(move || Box::new(Cids { own: HashedConnectionIdGenerator::new(), garbage: garbage.clone() }));
+    Endpoint::new(endpoint, Some(server), socket, Arc::new(TokioRuntime)).map_err(EndpointError::Socket)
+}
+
+/// How to dial a gateway of `cluster`, and nobody else.
+pub(crate) fn dialler(
+    config: &TunnelConfig,
+    identity: &Identity,
+    cluster: &ClusterName,
+) -> Result<quinn::ClientConfig, EndpointError> {
+    let (federation, cluster) = (identity.federation.clone(), cluster.clone());
+    let policy: PeerPolicy = Arc::new(move |id| gateway_cluster(id, &federation).as_ref() == Some(&cluster));
+    let tls =
+        tls::client_config(Some(&identity.source), &identity.trust, policy, &[ALPN]).map_err(EndpointError::Tls)?;
+    let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+    client.transport_config(Arc::new(transport(config)?));
+    Ok(client)
+}
+
+fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(config.mtu);
+    let idle = config.idle_timeout.try_into().map_err(|_| EndpointError::Number("idleTimeout"))?;
+    let mut transport = TransportConfig::default();
+    transport
+        .max_concurrent_bidi_streams(VarInt::from_u32(config.max_streams_per_peer))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .stream_receive_window(VarInt::from_u32(config.stream_window_bytes))
+        .receive_window(VarInt::from_u32(config.connection_window_bytes))
+        .send_window(config.connection_window_bytes.into())
+        .max_idle_timeout(Some(idle))
+        .keep_alive_interval(Some(config.idle_timeout / 3))
+        // A lost first packet is sent again after three times this; 333 ms would be a second lost.
+        .initial_rtt(Duration::from_millis(100))
+        .send_fairness(false)
+        .mtu_discovery_config(Some(discovery))
+        .datagram_receive_buffer_size(None);
+    Ok(transport)
+}
+
+/// The system's default of 208 KiB loses packets even on loopback. It may grant less than asked for.
+fn grow_buffers(socket: &UdpSocket, bytes: usize) {
+    let socket = SockRef::from(socket);
+    let asked = socket.set_recv_buffer_size(bytes).and_then(|()| socket.set_send_buffer_size(bytes));
+    // Linux reports twice what it grants.
+    let granted = socket.recv_buffer_size().map(|n| n / 2).unwrap_or_default();
+    if asked.is_err() || granted < bytes {
+        tracing::info!(
+            granted,
+            asked = bytes,
+            "the system limits UDP buffers; raise net.core.rmem_max and net.core.wmem_max for bulk throughput"
+        );
+    }
+}
+
+/// Connection IDs that tell their own from others', so that datagrams which belong to no connection can be counted.
+struct Cids {
+    own: HashedConnectionIdGenerator,
+    garbage: Counter,
+}
+
+impl ConnectionIdGenerator for Cids {
+    fn generate_cid(&mut self) -> ConnectionId {
+        self.own.generate_cid()
+    }
+
+    fn validate(&self, cid: &ConnectionId) -> Result<(), InvalidCid> {
+        self.own.validate(cid).inspect_err(|_| {
+            self.garbage.inc();
+        })
+    }
+
+    fn cid_len(&self) -> usize {
+        self.own.cid_len()
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        self.own.cid_lifetime()
+    }
+}

@@ -1,0 +1,294 @@
+//! One agent's session: publications and status come up, the global state goes down.
+//!
+//! The session is a stream that the transport polls whenever the agent can take more. So a slow agent is never queued
+//! for: when it has room again it gets one delta from what it holds to what is then the latest. At most one publication
+//! is under way; nothing more is read meanwhile. Revocation and shutdown end the stream at once, whatever it waits for.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::{
+    FutureExt, StreamExt,
+    future::BoxFuture,
+    stream::{self, BoxStream},
+};
+use isthmus_api::{
+    convert::{self, ConvertError, Problem},
+    proto::federation::v1::{
+        AgentMessage, ControlMessage, Hello, Publish, Published, Refused, agent_message, control_message,
+    },
+};
+use isthmus_model::{
+    ids::{ClusterName, Stamp},
+    service::Publication,
+    time::Timestamp,
+};
+use isthmus_runtime::tasks::Shutdown;
+use tokio::{sync::watch, time::timeout};
+use tonic::{Status, Streaming};
+
+use super::{
+    Shared,
+    refusal::{status_of, status_of_proposal},
+};
+use crate::{
+    metrics::SessionCount,
+    raft::ProposeError,
+    state::{Command, Publish as PublishCommand, Update, View, require_active},
+    status::SessionGuard,
+};
+
+/// How long an agent may take to say hello.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+
+type Answer = Result<ControlMessage, Status>;
+
+/// The stream of a session for `cluster`, as its certificate says.
+pub(super) fn open(
+    shared: Arc<Shared>,
+    cluster: ClusterName,
+    inbound: Streaming<AgentMessage>,
+) -> BoxStream<'static, Answer> {
+    let start = Step::Hello { shared, cluster, inbound: Box::new(inbound) };
+    stream::unfold(start, |step| async {
+        let session = match step {
+            Step::Hello { shared, cluster, inbound } => Session::begin(shared, cluster, inbound).await.map(Box::new),
+            Step::Open(session) => Ok(session),
+            Step::Over => return None,
+        };
+        let mut session = match session {
+            Ok(session) => session,
+            Err(status) => return Some((Err(status), Step::Over)),
+        };
+        match session.next().await {
+            Ok(Some(message)) => Some((Ok(message), Step::Open(session))),
+            Ok(None) => None,
+            Err(status) => {
+                tracing::info!(cluster = %session.cluster, reason = status.message(), "session ends");
+                Some((Err(status), Step::Over))
+            }
+        }
+    })
+    .boxed()
+}
+
+enum Step {
+    Hello { shared: Arc<Shared>, cluster: ClusterName, inbound: Box<Streaming<AgentMessage>> },
+    Open(Box<Session>),
+    Over,
+}
+
+struct Session {
+    shared: Arc<Shared>,
+    cluster: ClusterName,
+    inbound: Box<Streaming<AgentMessage>>,
+    views: watch::Receiver<View>,
+    shutdown: Shutdown,
+    /// What the agent holds once it has received all that was sent.
+    held: Option<Stamp>,
+    /// Of the last publication; they grow.
+    sequence: u64,
+    /// The publication under way.
+    publishing: Option<BoxFuture<'static, Answer>>,
+    guard: SessionGuard,
+    _count: SessionCount,
+}
+
+impl Session {
+    /// Waits for the hello and checks it.
+    async fn begin(
+        shared: Arc<Shared>,
+        cluster: ClusterName,
+        mut inbound: Box<Streaming<AgentMessage>>,
+    ) -> Result<Self, Status> {
+        let shutdown = shared.shutdown.clone();
+        let first = tokio::select! {
+            first = timeout(HELLO_DEADLINE, inbound.next()) => first,
+            () = shutdown.requested() => return Err(stopping()),
+        };
+        let first = first.map_err(|_| Status::deadline_exceeded("no hello came; it must be the first message"))?;
+        let hello = match first.transpose()?.and_then(|message| message.kind) {
+            Some(agent_message::Kind::Hello(hello)) => hello,
+            _ => return Err(Status::invalid_argument("the first message of a session must be a hello")),
+        };
+        let held = check_hello(&hello, &cluster)?;
+        let guard = shared
+            .status
+            .connect(&cluster, Timestamp(isthmus_runtime::now()))
+            .map_err(|error| Status::resource_exhausted(error.to_string()))?;
+        let version: String = hello.version.chars().take(64).collect();
+        tracing::info!(%cluster, %version, held = ?held.map(|stamp| stamp.to_string()), "session begins");
+        Ok(Self {
+            views: shared.views.clone(),
+            _count: shared.metrics.session(),
+            shared,
+            cluster,
+            inbound,
+            shutdown,
+            held,
+            sequence: 0,
+            publishing: None,
+            guard,
+        })
+    }
+
+    /// The next message for the agent; `None` when the agent has ended the session.
+    async fn next(&mut self) -> Result<Option<ControlMessage>, Status> {
+        loop {
+            if let Some(update) = self.update()? {
+                return Ok(Some(update));
+            }
+            let idle = self.publishing.is_none();
+            let publishing = async {
+                match &mut self.publishing {
+                    Some(publication) => publication.await,
+                    None => std::future::pending().await,
+                }
+            };
+            // All four may be dropped and asked again: two only look, a stream's `next` keeps its place in the stream,
+            // and the publication's future lives in `self`.
+            tokio::select! {
+                () = self.shutdown.requested() => return Err(stopping()),
+                changed = self.views.changed() => changed.map_err(|_| stopping())?,
+                answer = publishing => {
+                    self.publishing = None;
+                    return answer.map(Some);
+                }
+                message = self.inbound.next(), if idle => match message.transpose()? {
+                    Some(message) => self.receive(message)?,
+                    None => return Ok(None),
+                },
+            }
+        }
+    }
+
+    /// What the agent lacks, if it lacks anything. Ends the session of a cluster that is no longer active.
+    fn update(&mut self) -> Result<Option<ControlMessage>, Status> {
+        let update = {
+            let view = self.views.borrow_and_update();
+            let Some(global) = view.global() else { return Ok(None) };
+            require_active(global, &self.cluster).map_err(|rejection| status_of(&rejection))?;
+            view.since(self.held)
+        };
+        let (stamp, kind) = match update {
+            Update::UpToDate | Update::NotFounded => return Ok(None),
+            Update::Snapshot(snapshot) => (snapshot.stamp, control_message::Kind::Snapshot((&*snapshot).into())),
+            Update::Delta(delta) => (delta.to, control_message::Kind::Delta((&*delta).into())),
+            Update::Ahead { here } => {
+                let held = self.held.unwrap_or_default();
+                tracing::error!(cluster = %self.cluster, %held, %here, "an agent holds a later state than this node");
+                return Err(Status::unavailable(format!(
+                    "the agent holds state {held}, this control plane node only {here}: the node is behind, or its \
+                     state was lost; restore it from backup, which starts a new epoch"
+                )));
+            }
+        };
+        self.held = Some(stamp);
+        Ok(Some(ControlMessage { kind: Some(kind) }))
+    }
+
+    fn receive(&mut self, message: AgentMessage) -> Result<(), Status> {
+        self.guard.seen(Timestamp(isthmus_runtime::now()));
+        match message.kind {
+            Some(agent_message::Kind::Publish(publish)) => {
+                if publish.sequence <= self.sequence {
+                    return Err(Status::invalid_argument(format!(
+                        "publication {} follows {}; sequence numbers must grow",
+                        publish.sequence, self.sequence
+                    )));
+                }
+                self.sequence = publish.sequence;
+                self.publishing = Some(self.shared.clone().publish(self.cluster.clone(), publish).boxed());
+                Ok(())
+            }
+            Some(agent_message::Kind::Status(status)) => {
+                self.guard.report(convert::Status::try_from(status).unwrap_or_else(|error| self.unreadable(&error)));
+                Ok(())
+            }
+            Some(agent_message::Kind::Hello(_)) => Err(Status::invalid_argument("a session has one hello")),
+            // A kind that this version does not know.
+            None => Ok(()),
+        }
+    }
+
+    /// A report that does not parse must not end the session, which carries what matters; a person should see it.
+    fn unreadable(&self, error: &ConvertError) -> convert::Status {
+        tracing::warn!(cluster = %self.cluster, %error, "an agent's status report does not parse");
+        let problem = Problem {
+            at: "status report".to_owned(),
+            field: error.field.clone(),
+            message: format!("the agent's report was not understood: {}", error.message),
+        };
+        convert::Status { problems: vec![problem], ..convert::Status::default() }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        tracing::info!(cluster = %self.cluster, "session ended");
+    }
+}
+
+impl Shared {
+    /// Commits what a cluster says of itself. An error ends the session; a refusal does not.
+    async fn publish(self: Arc<Self>, cluster: ClusterName, publish: Publish) -> Answer {
+        let sequence = publish.sequence;
+        let refused = |code, reason: String| {
+            self.metrics.publication(code);
+            tracing::warn!(%cluster, sequence, %reason, "publication refused");
+            Ok(control_message::Kind::Refused(Refused { sequence, reason }))
+        };
+        let published = |code, stamp: Stamp| {
+            self.metrics.publication(code);
+            Ok(control_message::Kind::Published(Published { sequence, stamp: Some(stamp.into()) }))
+        };
+        let parsed = publish
+            .publication
+            .ok_or_else(|| ConvertError::new("publication", "is missing"))
+            .and_then(|publication| Publication::try_from(publication).map_err(|error| error.within("publication")));
+        let kind = match parsed {
+            Err(error) => refused("malformed", error.to_string()),
+            Ok(publication) => match self.unchanged(&cluster, &publication) {
+                Some(stamp) => published("unchanged", stamp),
+                None => {
+                    let now = Timestamp(isthmus_runtime::now());
+                    let command = PublishCommand { cluster: cluster.clone(), publication, now };
+                    match self.proposer.propose(Command::Publish(command)).await {
+                        Ok(outcome) => {
+                            tracing::info!(%cluster, sequence, stamp = %outcome.stamp, "publication committed");
+                            published("committed", outcome.stamp)
+                        }
+                        Err(ProposeError::Rejected(rejection)) => refused(rejection.code(), rejection.to_string()),
+                        Err(error) => {
+                            self.metrics.publication("failed");
+                            tracing::warn!(%cluster, sequence, %error, "publication not committed");
+                            Err(status_of_proposal(&error))
+                        }
+                    }
+                }
+            },
+        };
+        kind.map(|kind| ControlMessage { kind: Some(kind) })
+    }
+
+    /// Where the state stands, if this publication would not move it.
+    fn unchanged(&self, cluster: &ClusterName, publication: &Publication) -> Option<Stamp> {
+        let view = self.views.borrow();
+        view.state().already_published(cluster, publication).then(|| view.state().stamp())
+    }
+}
+
+/// The certificate decides; a hello that says otherwise is a misconfiguration worth telling.
+fn check_hello(hello: &Hello, cluster: &ClusterName) -> Result<Option<Stamp>, Status> {
+    if hello.cluster != cluster.as_str() {
+        let said: String = hello.cluster.chars().take(64).collect();
+        return Err(Status::permission_denied(format!(
+            "the hello says cluster {said:?}, but the certificate is that of cluster {cluster}"
+        )));
+    }
+    let held = hello.held.map(Stamp::try_from).transpose();
+    held.map_err(|error| error.within("hello.held").into())
+}
+
+fn stopping() -> Status {
+    Status::unavailable("this control plane node is stopping; connect again")
+}

@@ -1,0 +1,84 @@
+//! The `isthmus-global-cp` program: command line, configuration, telemetry, and the exit status.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand};
+use isthmus_global_cp::{build, config::Config};
+use isthmus_runtime::{config, telemetry};
+
+/// The global control plane of an Isthmus federation.
+#[derive(Parser)]
+#[command(version, about, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run the control plane until SIGTERM.
+    #[command(after_help = EXAMPLES)]
+    Run(Run),
+}
+
+#[derive(Args)]
+struct Run {
+    /// The configuration file (YAML).
+    #[arg(long, value_name = "FILE", env = "ISTHMUS_CP_CONFIG")]
+    config: PathBuf,
+    /// Only check the configuration: exit 0 if it is good, else say all that is wrong with it.
+    #[arg(long)]
+    check_config: bool,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  isthmus-global-cp run --config global-cp.yaml
+  isthmus-global-cp run --config global-cp.yaml --check-config
+  ISTHMUS_CP__TELEMETRY__LOG__LEVEL=debug isthmus-global-cp run --config global-cp.yaml
+
+A configuration file:
+  node: cp-1
+  federation: isthmus.example
+  stateDir: /var/lib/isthmus/global-cp
+  listen: { grpc: 127.1.0.1:7443, admin: 127.1.0.1:7444, health: 127.1.0.1:7445 }
+  advertise: 127.1.0.1:7443                  # where agents dial; goes into join tokens
+  settings: { failover: { holdDownMs: 3000 } }
+
+Then, on the same machine:
+  isthmusctl --context /var/lib/isthmus/global-cp/admin/context.yaml cluster join-token us-east";
+
+fn main() -> ExitCode {
+    isthmus_identity::install_crypto();
+    let Verb::Run(args) = Cli::parse().command;
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The chain in one line, without a backtrace: what is wrong is for the operator, not for us.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Run) -> anyhow::Result<()> {
+    let mut config: Config = config::load(&args.config, "ISTHMUS_CP")?;
+    if args.check_config {
+        println!("{} is valid", args.config.display());
+        return Ok(());
+    }
+    if config.telemetry.log.level == "info" {
+        // The engine tells every step of an election at INFO. Whoever wants that names a filter of their own.
+        config.telemetry.log.level = "info,openraft=warn".to_owned();
+    }
+    let telemetry = telemetry::init("isthmus-global-cp", &config.node, &config.telemetry)?;
+    let runtime = tokio::runtime::Runtime::new().context("start the async runtime")?;
+    let ended = runtime.block_on(async {
+        let bound = build(config).await.context("start the control plane")?;
+        bound.run().await.context("run the control plane")
+    });
+    runtime.shutdown_background();
+    telemetry.shutdown();
+    ended
+}

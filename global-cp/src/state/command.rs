@@ -1,0 +1,281 @@
+//! What can be asked of the replicated state, and what it answers. Both are data: they are stored in the log and sent
+//! between nodes, so a variant, once released, keeps its meaning.
+
+use isthmus_model::{
+    global::{Locality, Settings},
+    ids::{ClusterName, ServiceName, SpiffeId, Stamp, TrustDomain},
+    service::{Publication, TrustBundle},
+    time::Timestamp,
+};
+use serde::{Deserialize, Serialize};
+
+/// SHA-256 of a join token's secret. The secret itself is never stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TokenHash(pub [u8; 32]);
+
+/// One change to the replicated state.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Command {
+    /// Founds the federation, or rotates its bundle to a successor.
+    SetFederationBundle {
+        /// The federation's own trust domain is fixed by the first of these.
+        bundle: TrustBundle,
+    },
+    /// Replaces the federation-wide settings.
+    SetSettings {
+        /// All of them.
+        settings: Settings,
+    },
+    /// Registers a join token.
+    MintToken(MintToken),
+    /// Makes a cluster a member, and uses its token up.
+    Join(Join),
+    /// Replaces all that a cluster says of itself.
+    Publish(Publish),
+    /// Cuts a cluster off for good.
+    Revoke {
+        /// Which.
+        cluster: ClusterName,
+    },
+}
+
+/// See [`Command::MintToken`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MintToken {
+    /// Of the secret.
+    pub hash: TokenHash,
+    /// The only cluster that may use it. It need not exist yet.
+    pub cluster: ClusterName,
+    /// From then on it is worthless.
+    pub expires_at: Timestamp,
+    /// When it was proposed.
+    pub now: Timestamp,
+}
+
+/// See [`Command::Join`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Join {
+    /// Of the secret that the agent showed.
+    pub hash: TokenHash,
+    /// Who joins.
+    pub cluster: ClusterName,
+    /// Where it runs.
+    pub locality: Locality,
+    /// Its own trust domain, with the first bundle (or, when it joins again, the present one or a successor).
+    pub bundle: TrustBundle,
+    /// When it was proposed.
+    pub now: Timestamp,
+}
+
+/// See [`Command::Publish`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Publish {
+    /// Whose; taken from the caller's certificate.
+    pub cluster: ClusterName,
+    /// Replaces the one before.
+    pub publication: Publication,
+    /// When it was proposed.
+    pub now: Timestamp,
+}
+
+/// What a command that was accepted did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Where the state stands after it.
+    pub stamp: Stamp,
+    /// Members see a difference.
+    pub changed: bool,
+}
+
+/// The answer to one log entry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Response {
+    /// The entry carried no command (a new leader's first entry, a membership change).
+    NoCommand,
+    /// Done.
+    Accepted(Outcome),
+    /// Refused; nothing changed.
+    Rejected(Rejection),
+}
+
+/// Why a command was refused. `Display` is for the person who asked: what is wrong, and what to do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[expect(missing_docs, reason = "the fields are what the messages name")]
+pub enum Rejection {
+    /// A command came before the federation's bundle was set.
+    #[error("the federation is not founded yet; try again when the control plane is ready")]
+    NotFounded,
+    /// The stored state is another federation's.
+    #[error("the stored state belongs to the federation {stored}, not {offered}; check `federation` and `stateDir`")]
+    OtherFederation { stored: TrustDomain, offered: TrustDomain },
+    /// The federation's CA changed without its predecessor's signature.
+    #[error("the federation's new trust bundle is not a successor of the stored one: {why}; restore the CA folder")]
+    FederationBundle { why: String },
+    /// No token has this secret.
+    #[error(
+        "the join token is unknown (mistyped, or minted by another federation or long ago); \
+         mint a new one: isthmusctl cluster join-token {cluster}"
+    )]
+    UnknownToken { cluster: ClusterName },
+    /// Too late.
+    #[error("the join token expired {}; mint a new one: isthmusctl cluster join-token {cluster}", ago(*.at))]
+    TokenExpired { cluster: ClusterName, at: Timestamp },
+    /// Tokens work once.
+    #[error(
+        "the join token was already used {}; a token works once: mint a new one: \
+         isthmusctl cluster join-token {cluster}", ago(*.at)
+    )]
+    TokenUsed { cluster: ClusterName, at: Timestamp },
+    /// Tokens name their cluster.
+    #[error(
+        "the join token is for cluster {token}, not {cluster}; \
+         mint one for it: isthmusctl cluster join-token {cluster}"
+    )]
+    TokenForAnother { token: ClusterName, cluster: ClusterName },
+    /// Revocation is for good.
+    #[error("cluster {cluster} was revoked, and a revoked cluster cannot return; join it under a new name")]
+    ClusterRevoked { cluster: ClusterName },
+    /// Not a member.
+    #[error("cluster {cluster} is not a member of this federation; see `isthmusctl status` for those that are")]
+    UnknownCluster { cluster: ClusterName },
+    /// A trust domain has one owner, fixed at join.
+    #[error(
+        "trust domain {trust_domain} belongs to {owner}; \
+         give cluster {cluster} a `trustDomain` of its own, for example {cluster}.example"
+    )]
+    TrustDomainTaken { trust_domain: TrustDomain, owner: String, cluster: ClusterName },
+    /// A cluster has one trust domain, fixed at join.
+    #[error("cluster {cluster} joined with trust domain {fixed} and cannot change it to {offered}")]
+    TrustDomainFixed { cluster: ClusterName, fixed: TrustDomain, offered: TrustDomain },
+    /// A malformed first bundle, or one that its predecessor's owner did not sign.
+    #[error(
+        "cluster {cluster}'s trust bundle is refused: {why}; \
+         if its CA was lost, restore it from backup, or join under a new name and trust domain"
+    )]
+    Bundle { cluster: ClusterName, why: String },
+    /// A cluster speaks only for itself.
+    #[error("export {service} names identity {identity}, which is outside the cluster's trust domain {trust_domain}")]
+    ForeignIdentity { service: ServiceName, identity: SpiffeId, trust_domain: TrustDomain },
+    /// A limit.
+    #[error("{what}: {count}, but at most {limit} are allowed")]
+    TooMany { what: String, count: u64, limit: u64 },
+    /// A publication that contradicts itself.
+    #[error("{what}")]
+    Malformed { what: String },
+}
+
+/// Families of [`Rejection`]s, as callers must tell them apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RejectionKind {
+    /// The request itself is wrong.
+    Invalid,
+    /// The caller may not.
+    Denied,
+    /// Something that was named does not exist.
+    NotFound,
+    /// It contradicts what is stored.
+    Conflict,
+    /// A limit is reached.
+    Exhausted,
+    /// Try again later.
+    NotReady,
+}
+
+impl Rejection {
+    /// Which family it belongs to.
+    pub fn kind(&self) -> RejectionKind {
+        match self {
+            Self::NotFounded => RejectionKind::NotReady,
+            Self::OtherFederation { .. } | Self::FederationBundle { .. } => RejectionKind::Conflict,
+            Self::UnknownToken { .. }
+            | Self::TokenExpired { .. }
+            | Self::TokenUsed { .. }
+            | Self::TokenForAnother { .. }
+            | Self::ClusterRevoked { .. } => RejectionKind::Denied,
+            Self::UnknownCluster { .. } => RejectionKind::NotFound,
+            Self::TrustDomainTaken { .. } | Self::TrustDomainFixed { .. } => RejectionKind::Conflict,
+            Self::Bundle { .. } | Self::ForeignIdentity { .. } | Self::Malformed { .. } => RejectionKind::Invalid,
+            Self::TooMany { .. } => RejectionKind::Exhausted,
+        }
+    }
+
+    /// A short stable name, for metric labels and JSON.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::NotFounded => "not_founded",
+            Self::OtherFederation { .. } => "other_federation",
+            Self::FederationBundle { .. } => "federation_bundle",
+            Self::UnknownToken { .. } => "unknown_token",
+            Self::TokenExpired { .. } => "token_expired",
+            Self::TokenUsed { .. } => "token_used",
+            Self::TokenForAnother { .. } => "token_for_another_cluster",
+            Self::ClusterRevoked { .. } => "cluster_revoked",
+            Self::UnknownCluster { .. } => "unknown_cluster",
+            Self::TrustDomainTaken { .. } => "trust_domain_taken",
+            Self::TrustDomainFixed { .. } => "trust_domain_fixed",
+            Self::Bundle { .. } => "bundle_refused",
+            Self::ForeignIdentity { .. } => "foreign_identity",
+            Self::TooMany { .. } => "too_many",
+            Self::Malformed { .. } => "malformed",
+        }
+    }
+}
+
+impl TryFrom<String> for TokenHash {
+    type Error = hex::FromHexError;
+
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        let mut bytes = [0; 32];
+        hex::decode_to_slice(text, &mut bytes)?;
+        Ok(Self(bytes))
+    }
+}
+
+impl From<TokenHash> for String {
+    fn from(hash: TokenHash) -> Self {
+        hex::encode(hash.0)
+    }
+}
+
+/// A time in words that need no clock to write.
+fn ago(at: Timestamp) -> String {
+    let seconds = i64::try_from(at.0 / 1000).unwrap_or(i64::MAX);
+    let (days, time) = (seconds.div_euclid(86_400), seconds.rem_euclid(86_400));
+    let (year, month, day) = civil(days);
+    format!("at {year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", time / 3600, time / 60 % 60, time % 60)
+}
+
+/// Days since 1970-01-01 → proleptic Gregorian date (Howard Hinnant's `civil_from_days`).
+fn civil(days: i64) -> (i64, i64, i64) {
+    let z = days + 719_468;
+    let era = z.div_euclid(146_097);
+    let doe = z.rem_euclid(146_097);
+    let yoe = (doe - doe / 1460 + doe / 36_524 - doe / 146_096) / 365;
+    let doy = doe - (365 * yoe + yoe / 4 - yoe / 100);
+    let mp = (5 * doy + 2) / 153;
+    let month = if mp < 10 { mp + 3 } else { mp - 9 };
+    (yoe + era * 400 + i64::from(month <= 2), month, doy - (153 * mp + 2) / 5 + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refusals_name_the_time_in_utc_and_what_to_do() {
+        let cluster: ClusterName = "us-east".parse().unwrap();
+        let text = Rejection::TokenExpired { cluster, at: Timestamp(1_709_210_096_000) }.to_string();
+        assert_eq!(
+            text,
+            "the join token expired at 2024-02-29T12:34:56Z; mint a new one: isthmusctl cluster join-token us-east"
+        );
+    }
+
+    #[test]
+    fn token_hashes_survive_json_as_map_keys() {
+        let map = std::collections::BTreeMap::from([(TokenHash([7; 32]), 1)]);
+        let text = serde_json::to_string(&map).unwrap();
+        assert_eq!(serde_json::from_str::<std::collections::BTreeMap<TokenHash, i32>>(&text).unwrap(), map);
+    }
+}

@@ -1,0 +1,20 @@
+//! Judging trust bundles inside `apply`: parsing and signature checks are functions of their input alone, so every node
+//! comes to the same answer.
+
+use isthmus_identity::bundle::{BundleDocument, verify_successor};
+use isthmus_model::service::TrustBundle;
+use isthmus_runtime::tasks::chain;
+
+/// A trust domain's first bundle: it must parse, and hold at least one root.
+pub(crate) fn check_first_bundle(bundle: &TrustBundle) -> Result<(), String> {
+    let document = BundleDocument::parse(&bundle.document).map_err(|error| chain(&error))?;
+    if document.x509_roots.is_empty() {
+        return Err("it holds no x509-svid key, so nothing of that trust domain could be verified".to_owned());
+    }
+    Ok(())
+}
+
+/// A bundle that replaces `stored`: the same content, or signed by one of its keys with a larger sequence.
+pub(super) fn check_successor(stored: &TrustBundle, next: &TrustBundle) -> Result<(), String> {
+    verify_successor(stored, next).map_err(|error| chain(&error))
+}

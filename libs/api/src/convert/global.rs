@@ -1,0 +1,212 @@
+//! Global snapshots and deltas ↔ [`isthmus_model::global`].
+//!
+//! A snapshot is also checked as a whole ([`GlobalSnapshot::check`]). A delta cannot be: who applies one checks the
+//! result.
+
+use std::collections::BTreeSet;
+
+use isthmus_model::{
+    global::{
+        ClusterInfo, ClusterState, Conflict, Exporter, GlobalDelta, GlobalPort, GlobalService, GlobalSnapshot, Settings,
+    },
+    ids::{ClusterIndex, ClusterName, ServiceName, SpiffeId, VipIndex},
+    service::ServicePort,
+    time::Timestamp,
+};
+
+use super::{
+    ConvertError, Result,
+    common::{gateways, known, service_kind},
+    limits, list, name, optional, required, text, unique,
+};
+use crate::proto::common::v1 as pb;
+
+impl TryFrom<pb::GlobalSnapshot> for GlobalSnapshot {
+    type Error = ConvertError;
+
+    fn try_from(p: pb::GlobalSnapshot) -> Result<Self> {
+        let snapshot = Self {
+            stamp: required("stamp", p.stamp)?,
+            federation: name("federation", &p.federation)?,
+            federation_bundle: required("federation_bundle", p.federation_bundle)?,
+            settings: optional("settings", p.settings)?.unwrap_or_default(),
+            clusters: unique("clusters", limits::CLUSTERS, p.clusters, ClusterInfo::try_from, |c| c.name.clone())?,
+            services: unique("services", limits::SERVICES, p.services, GlobalService::try_from, |s| s.name.clone())?,
+        };
+        snapshot.check().map_err(|e| ConvertError::new("", e.to_string()))?;
+        Ok(snapshot)
+    }
+}
+
+impl From<&GlobalSnapshot> for pb::GlobalSnapshot {
+    fn from(s: &GlobalSnapshot) -> Self {
+        Self {
+            stamp: Some(s.stamp.into()),
+            federation: s.federation.to_string(),
+            federation_bundle: Some((&s.federation_bundle).into()),
+            settings: Some((&s.settings).into()),
+            clusters: s.clusters.values().map(Into::into).collect(),
+            services: s.services.values().map(Into::into).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::GlobalDelta> for GlobalDelta {
+    type Error = ConvertError;
+
+    fn try_from(p: pb::GlobalDelta) -> Result<Self> {
+        let clusters = unique("clusters", limits::CLUSTERS, p.clusters, ClusterInfo::try_from, |c| c.name.clone())?;
+        let services = unique("services", limits::SERVICES, p.services, GlobalService::try_from, |s| s.name.clone())?;
+        let delta = Self {
+            from: required("from", p.from)?,
+            to: required("to", p.to)?,
+            federation_bundle: optional("federation_bundle", p.federation_bundle)?,
+            settings: optional::<_, Settings>("settings", p.settings)?,
+            clusters: clusters.into_values().collect(),
+            removed_clusters: list("removed_clusters", limits::CLUSTERS, p.removed_clusters, |c| name("", &c))?,
+            services: services.into_values().collect(),
+            removed_services: list("removed_services", limits::SERVICES, p.removed_services, ServiceName::try_from)?,
+        };
+        if delta.to <= delta.from {
+            return Err(ConvertError::new("to", format!("{} is not after {}", delta.to, delta.from)));
+        }
+        Ok(delta)
+    }
+}
+
+impl From<&GlobalDelta> for pb::GlobalDelta {
+    fn from(d: &GlobalDelta) -> Self {
+        Self {
+            from: Some(d.from.into()),
+            to: Some(d.to.into()),
+            federation_bundle: d.federation_bundle.as_ref().map(Into::into),
+            settings: d.settings.as_ref().map(Into::into),
+            clusters: d.clusters.iter().map(Into::into).collect(),
+            removed_clusters: d.removed_clusters.iter().map(ClusterName::to_string).collect(),
+            services: d.services.iter().map(Into::into).collect(),
+            removed_services: d.removed_services.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::ClusterInfo> for ClusterInfo {
+    type Error = ConvertError;
+
+    fn try_from(p: pb::ClusterInfo) -> Result<Self> {
+        let index = u16::try_from(p.index).ok().filter(|i| *i > 0);
+        let state = match known::<pb::ClusterState>("state", p.state)? {
+            pb::ClusterState::Active => ClusterState::Active,
+            pb::ClusterState::Revoked => ClusterState::Revoked,
+            pb::ClusterState::Unspecified => return Err(ConvertError::new("state", "is not specified")),
+        };
+        Ok(Self {
+            name: name("name", &p.name)?,
+            index: ClusterIndex(index.ok_or_else(|| {
+                ConvertError::new("index", format!("{} is not a cluster index; 1 to 65535 are", p.index))
+            })?),
+            locality: required("locality", p.locality)?,
+            state,
+            bundle: required("bundle", p.bundle)?,
+            gateways: gateways("gateways", p.gateways)?,
+        })
+    }
+}
+
+impl From<&ClusterInfo> for pb::ClusterInfo {
+    fn from(c: &ClusterInfo) -> Self {
+        let state = match c.state {
+            ClusterState::Active => pb::ClusterState::Active,
+            ClusterState::Revoked => pb::ClusterState::Revoked,
+        };
+        Self {
+            name: c.name.to_string(),
+            index: c.index.0.into(),
+            locality: Some((&c.locality).into()),
+            state: state.into(),
+            bundle: Some((&c.bundle).into()),
+            gateways: c.gateways.iter().map(Into::into).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::GlobalService> for GlobalService {
+    type Error = ConvertError;
+
+    fn try_from(p: pb::GlobalService) -> Result<Self> {
+        if p.index == 0 {
+            return Err(ConvertError::new("index", "0 is not a service index; they start at 1"));
+        }
+        let exporters = unique("exporters", limits::CLUSTERS, p.exporters, exporter, |(cluster, _)| cluster.clone())?;
+        if exporters.is_empty() {
+            return Err(ConvertError::new("exporters", "is empty; a global service has at least one"));
+        }
+        let ports = list("ports", limits::PORTS * limits::CLUSTERS, p.ports, |port| {
+            let port = GlobalPort::try_from(port)?;
+            match port.clusters.iter().find(|c| !exporters.contains_key(c)) {
+                Some(stranger) => Err(ConvertError::new("clusters", format!("{stranger} is not an exporter"))),
+                None => Ok(port),
+            }
+        })?;
+        Ok(Self {
+            name: required("name", p.name)?,
+            index: VipIndex(p.index),
+            kind: service_kind("kind", p.kind)?,
+            ports,
+            exporters: exporters.into_values().collect(),
+            conflicts: list("conflicts", limits::CONFLICTS, p.conflicts, |c| {
+                Ok(Conflict { reason: text(c.reason), message: text(c.message) })
+            })?,
+        })
+    }
+}
+
+impl From<&GlobalService> for pb::GlobalService {
+    fn from(s: &GlobalService) -> Self {
+        let exporter = |(cluster, e): (&ClusterName, &Exporter)| pb::Exporter {
+            cluster: cluster.to_string(),
+            created_at_unix_ms: e.created_at.0,
+            identities: e.identities.iter().map(SpiffeId::to_string).collect(),
+        };
+        let conflict = |c: &Conflict| pb::Conflict { reason: c.reason.clone(), message: c.message.clone() };
+        Self {
+            name: Some((&s.name).into()),
+            index: s.index.0,
+            kind: pb::ServiceKind::from(s.kind).into(),
+            ports: s.ports.iter().map(Into::into).collect(),
+            exporters: s.exporters.iter().map(exporter).collect(),
+            conflicts: s.conflicts.iter().map(conflict).collect(),
+        }
+    }
+}
+
+impl TryFrom<pb::GlobalPort> for GlobalPort {
+    type Error = ConvertError;
+
+    fn try_from(p: pb::GlobalPort) -> Result<Self> {
+        let clusters: BTreeSet<ClusterName> =
+            unique("clusters", limits::CLUSTERS, p.clusters, |c| name("", &c), ClusterName::clone)?
+                .into_keys()
+                .collect();
+        if clusters.is_empty() {
+            return Err(ConvertError::new("clusters", "is empty; a port has at least one cluster"));
+        }
+        Ok(Self { port: required::<_, ServicePort>("port", p.port)?, clusters })
+    }
+}
+
+impl From<&GlobalPort> for pb::GlobalPort {
+    fn from(p: &GlobalPort) -> Self {
+        Self { port: Some((&p.port).into()), clusters: p.clusters.iter().map(ClusterName::to_string).collect() }
+    }
+}
+
+fn exporter(p: pb::Exporter) -> Result<(ClusterName, Exporter)> {
+    let exporter = Exporter { created_at: Timestamp(p.created_at_unix_ms), identities: identities(p.identities)? };
+    Ok((name("cluster", &p.cluster)?, exporter))
+}
+
+/// The `identities` field of an export or exporter.
+pub(super) fn identities(items: Vec<String>) -> Result<BTreeSet<SpiffeId>> {
+    let ids = unique("identities", limits::IDENTITIES, items, |id| name("", &id), SpiffeId::clone)?;
+    Ok(ids.into_keys().collect())
+}

@@ -1,0 +1,17 @@
+//! gRPC and HTTP over our TLS: an accept loop for tonic and axum that says who the peer is, and client channels.
+//!
+//! What holds: a handshake has a deadline and at most [`MAX_PENDING`] are under way; a peer that sends garbage, or
+//! nothing, holds up nobody else; errors of `accept` never end the loop.
+
+mod client;
+mod conn;
+mod incoming;
+
+pub use self::{
+    client::connect_lazy,
+    conn::{PeerInfo, TlsConn},
+    incoming::{HANDSHAKE_DEADLINE, Handshakes, MAX_PENDING, TlsIncoming},
+};
+
+#[cfg(test)]
+mod tests;

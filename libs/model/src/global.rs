@@ -1,0 +1,269 @@
+//! The federation as every member sees it: clusters and global services, at one revision.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    failover::FailoverPolicy,
+    ids::{ClusterIndex, ClusterName, Region, ServiceName, SpiffeId, Stamp, TrustDomain, VipIndex, Zone},
+    service::{GatewayAddress, ServiceKind, ServicePort, TrustBundle},
+    time::Timestamp,
+};
+
+/// Where something runs.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Locality {
+    /// For example "us".
+    pub region: Region,
+    /// For example "us-east-1".
+    pub zone: Zone,
+}
+
+/// Whether a cluster takes part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ClusterState {
+    /// A member.
+    Active,
+    /// Cut off for good; kept so that every member knows to refuse it.
+    Revoked,
+}
+
+/// One member cluster.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterInfo {
+    /// Its id in the clusterset.
+    pub name: ClusterName,
+    /// Never reused.
+    pub index: ClusterIndex,
+    /// Where it runs.
+    pub locality: Locality,
+    /// Member or revoked.
+    pub state: ClusterState,
+    /// Its own trust domain's bundle.
+    pub bundle: TrustBundle,
+    /// Where its tunnels are dialled.
+    pub gateways: Vec<GatewayAddress>,
+}
+
+/// A port of a global service and who exposes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GlobalPort {
+    /// The port, as the oldest exporter that has it declares it.
+    pub port: ServicePort,
+    /// Only these clusters get its traffic (KEP-1645).
+    pub clusters: BTreeSet<ClusterName>,
+}
+
+/// One cluster's share in a global service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exporter {
+    /// Age decides conflicts.
+    pub created_at: Timestamp,
+    /// Who may answer there.
+    pub identities: BTreeSet<SpiffeId>,
+}
+
+/// A disagreement among exporters, for their Conflict condition.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Conflict {
+    /// A reason of KEP-1645, for example "PortConflict".
+    pub reason: String,
+    /// Which clusters say what.
+    pub message: String,
+}
+
+/// The merge of all exports of one name. Exists while at least one active cluster exports it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GlobalService {
+    /// The name.
+    pub name: ServiceName,
+    /// Stable for the service's life.
+    pub index: VipIndex,
+    /// The oldest exporter's.
+    pub kind: ServiceKind,
+    /// The union, ordered by number then name.
+    pub ports: Vec<GlobalPort>,
+    /// At least one.
+    pub exporters: BTreeMap<ClusterName, Exporter>,
+    /// Sorted; empty when all agree.
+    pub conflicts: Vec<Conflict>,
+}
+
+/// Settings of the whole federation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Settings {
+    /// For services without a policy of their own.
+    #[serde(default)]
+    pub failover: FailoverPolicy,
+}
+
+/// The whole state that members consume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GlobalSnapshot {
+    /// Which state this is.
+    pub stamp: Stamp,
+    /// The federation's own trust domain.
+    pub federation: TrustDomain,
+    /// Verifies the control plane, agents, gateways and DNS servers.
+    pub federation_bundle: TrustBundle,
+    /// Federation-wide.
+    pub settings: Settings,
+    /// Members and revoked clusters.
+    pub clusters: BTreeMap<ClusterName, ClusterInfo>,
+    /// By name.
+    pub services: BTreeMap<ServiceName, GlobalService>,
+}
+
+/// A change from one stamp to a later one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GlobalDelta {
+    /// What the receiver must hold.
+    pub from: Stamp,
+    /// What it holds afterwards.
+    pub to: Stamp,
+    /// If changed.
+    pub federation_bundle: Option<TrustBundle>,
+    /// If changed.
+    pub settings: Option<Settings>,
+    /// New or changed.
+    pub clusters: Vec<ClusterInfo>,
+    /// Gone.
+    pub removed_clusters: Vec<ClusterName>,
+    /// New or changed.
+    pub services: Vec<GlobalService>,
+    /// Gone.
+    pub removed_services: Vec<ServiceName>,
+}
+
+/// A delta that does not start where the holder stands: ask for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the delta starts at {from}, but the state held is {held}")]
+pub struct GapError {
+    /// Where the delta starts.
+    pub from: Stamp,
+    /// Where the holder stands.
+    pub held: Stamp,
+}
+
+/// A snapshot whose parts do not fit together: whoever made it is broken or hostile.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InconsistentError {
+    /// Ports pinned to a cluster would lead to two.
+    #[error("two clusters have the index {0}")]
+    ClusterIndexTwice(ClusterIndex),
+    /// One VIP would mean two services.
+    #[error("two services have the index {0}")]
+    ServiceIndexTwice(VipIndex),
+    /// One could mint the other's identities.
+    #[error("the trust domain {0} has two owners")]
+    TrustDomainTwice(TrustDomain),
+    /// The federation's bundle is another trust domain's.
+    #[error("the federation's bundle is of the trust domain {0}")]
+    FederationBundle(TrustDomain),
+    /// An exporter that is no cluster of the federation.
+    #[error("the service {0} has the exporter {1}, which is not a cluster of the federation")]
+    UnknownExporter(ServiceName, ClusterName),
+    /// An exporter claims an identity that its bundle does not vouch for.
+    #[error("the cluster {0} names {1}, which is outside its trust domain")]
+    ForeignIdentity(ClusterName, SpiffeId),
+}
+
+impl GlobalSnapshot {
+    /// Applies `delta`, or refuses it unchanged if it starts elsewhere.
+    pub fn apply(&mut self, delta: GlobalDelta) -> Result<(), GapError> {
+        if delta.from != self.stamp {
+            return Err(GapError { from: delta.from, held: self.stamp });
+        }
+        self.stamp = delta.to;
+        if let Some(bundle) = delta.federation_bundle {
+            self.federation_bundle = bundle;
+        }
+        if let Some(settings) = delta.settings {
+            self.settings = settings;
+        }
+        for name in &delta.removed_clusters {
+            self.clusters.remove(name);
+        }
+        for name in &delta.removed_services {
+            self.services.remove(name);
+        }
+        self.clusters.extend(delta.clusters.into_iter().map(|c| (c.name.clone(), c)));
+        self.services.extend(delta.services.into_iter().map(|s| (s.name.clone(), s)));
+        Ok(())
+    }
+
+    /// The delta that turns `self` into `next`. Both must be of the same federation.
+    pub fn delta_to(&self, next: &Self) -> GlobalDelta {
+        GlobalDelta {
+            from: self.stamp,
+            to: next.stamp,
+            federation_bundle: (self.federation_bundle != next.federation_bundle)
+                .then(|| next.federation_bundle.clone()),
+            settings: (self.settings != next.settings).then(|| next.settings.clone()),
+            clusters: news(&self.clusters, &next.clusters),
+            removed_clusters: gone(&self.clusters, &next.clusters),
+            services: news(&self.services, &next.services),
+            removed_services: gone(&self.services, &next.services),
+        }
+    }
+
+    /// Checks what no single entry shows: indexes are unique, each trust domain has one owner, exporters are known and
+    /// name only identities of their own trust domain.
+    pub fn check(&self) -> Result<(), InconsistentError> {
+        let mut indexes = BTreeSet::new();
+        let mut domains = BTreeSet::from([&self.federation]);
+        for cluster in self.clusters.values() {
+            if !indexes.insert(cluster.index) {
+                return Err(InconsistentError::ClusterIndexTwice(cluster.index));
+            }
+            if !domains.insert(&cluster.bundle.trust_domain) {
+                return Err(InconsistentError::TrustDomainTwice(cluster.bundle.trust_domain.clone()));
+            }
+        }
+        if self.federation_bundle.trust_domain != self.federation {
+            return Err(InconsistentError::FederationBundle(self.federation_bundle.trust_domain.clone()));
+        }
+        let mut indexes = BTreeSet::new();
+        for service in self.services.values() {
+            if !indexes.insert(service.index) {
+                return Err(InconsistentError::ServiceIndexTwice(service.index));
+            }
+            self.check_exporters(service)?;
+        }
+        Ok(())
+    }
+
+    fn check_exporters(&self, service: &GlobalService) -> Result<(), InconsistentError> {
+        for (cluster, exporter) in &service.exporters {
+            let Some(info) = self.clusters.get(cluster) else {
+                return Err(InconsistentError::UnknownExporter(service.name.clone(), cluster.clone()));
+            };
+            let own = &info.bundle.trust_domain;
+            if let Some(id) = exporter.identities.iter().find(|id| id.trust_domain() != own) {
+                return Err(InconsistentError::ForeignIdentity(cluster.clone(), id.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// The cluster, if it is a member in good standing.
+    pub fn active_cluster(&self, name: &ClusterName) -> Option<&ClusterInfo> {
+        self.clusters.get(name).filter(|c| c.state == ClusterState::Active)
+    }
+}
+
+/// What is new or different in `next`.
+fn news<K: Ord, V: Clone + PartialEq>(held: &BTreeMap<K, V>, next: &BTreeMap<K, V>) -> Vec<V> {
+    next.iter().filter(|(k, v)| held.get(k) != Some(v)).map(|(_, v)| v.clone()).collect()
+}
+
+/// What `next` has no more.
+fn gone<K: Ord + Clone, V>(held: &BTreeMap<K, V>, next: &BTreeMap<K, V>) -> Vec<K> {
+    held.keys().filter(|k| !next.contains_key(k)).cloned().collect()
+}
+
+#[cfg(test)]
+#[path = "global_tests.rs"]
+mod tests;
