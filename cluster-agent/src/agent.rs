@@ -197,8 +197,8 @@ fn restore(
             (snapshot, Some(Known { raw: Some(Arc::new(raw)), pins }))
         }
         Err(refused) => {
-            tracing::error!("the last known state of the federation is not used: {refused}");
-            status.set_problems(Area::Refused, vec![problem("state folder", refused.to_string())]);
+            tracing::error!("the last known state of the federation is not used: {}", chain(&refused));
+            status.set_problems(Area::Refused, vec![problem("state folder", chain(&refused))]);
             (nothing(&pins.federation), None)
         }
     }

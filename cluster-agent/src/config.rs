@@ -121,3 +121,41 @@ impl Validate for Config {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = "cluster: us-east\ntrustDomain: us-east.example\nlocality: {region: us, zone: us-east-1}\n\
+                        stateDir: /var/lib/a\nmanifests: /etc/a\nvipRange: 127.64.0.0/16\n\
+                        listen: {local: '127.1.1.1:7500', health: '127.1.1.1:7501'}\n";
+
+    fn load_text(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.yaml");
+        std::fs::write(&path, text).unwrap();
+        Config::load(&path)
+    }
+
+    #[test]
+    fn defaults_fill_what_may_be_left_out() {
+        let config = load_text(GOOD).unwrap();
+        assert_eq!(config.workload_certificate_lifetime, day());
+        assert_eq!(config.advertised(config.listen.local), "127.1.1.1:7500");
+    }
+
+    #[test]
+    fn all_problems_are_told_at_once() {
+        let bad =
+            GOOD.replace("/16", "/31").replace("local: '127.1.1.1", "local: '0.0.0.0") + "controlPlane: nowhere\n";
+        let error = load_text(&bad).unwrap_err().to_string();
+        for field in ["vipRange", "advertise", "controlPlane"] {
+            assert!(error.contains(field), "{field} is not in {error}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        assert!(load_text(&format!("{GOOD}manifest: /x\n")).is_err());
+    }
+}

@@ -140,7 +140,7 @@ async fn launch(args: RunArgs) -> anyhow::Result<()> {
         println!("{}: ok", args.config.display());
         return Ok(());
     }
-    Ok(sidecar::run(config).await?)
+    sidecar::run(config).await
 }
 
 fn ttl(text: &str) -> Result<Duration, String> {

@@ -1,8 +1,8 @@
 //! One line of log, and one span, per carried connection.
 //!
 //! The line (target `access`) says which service, from where to where, what was tried, how it ended, how many bytes and
-//! how long. Failures are INFO, successes DEBUG but for a configured sample. The span joins the trace that the near
-//! gateway began, by the W3C traceparent in the stream's header.
+//! how long. Failures of what named a service are INFO, the rest is DEBUG but for a configured sample. The span joins the
+//! trace that the near gateway began, by the W3C traceparent in the stream's header.
 
 use std::time::{Duration, Instant};
 
@@ -141,7 +141,8 @@ impl Access {
                 )
             };
         }
-        if well && !sampled { line!(debug) } else { line!(info) }
+        // What never named a service is counted by reason; a flood of it must not become a flood of lines.
+        if (well || self.route.is_none()) && !sampled { line!(debug) } else { line!(info) }
     }
 }
 

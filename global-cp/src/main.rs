@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::Parser;
 use isthmus_global_cp::{build, config::Config};
 use isthmus_runtime::{config, telemetry};
 
@@ -11,19 +11,6 @@ use isthmus_runtime::{config, telemetry};
 #[derive(Parser)]
 #[command(version, about, after_help = EXAMPLES)]
 struct Cli {
-    #[command(subcommand)]
-    command: Verb,
-}
-
-#[derive(Subcommand)]
-enum Verb {
-    /// Run the control plane until SIGTERM.
-    #[command(after_help = EXAMPLES)]
-    Run(Run),
-}
-
-#[derive(Args)]
-struct Run {
     /// The configuration file (YAML).
     #[arg(long, value_name = "FILE", env = "ISTHMUS_CP_CONFIG")]
     config: PathBuf,
@@ -34,9 +21,9 @@ struct Run {
 
 const EXAMPLES: &str = "\
 Examples:
-  isthmus-global-cp run --config global-cp.yaml
-  isthmus-global-cp run --config global-cp.yaml --check-config
-  ISTHMUS_CP__TELEMETRY__LOG__LEVEL=debug isthmus-global-cp run --config global-cp.yaml
+  isthmus-global-cp --config global-cp.yaml
+  isthmus-global-cp --config global-cp.yaml --check-config
+  ISTHMUS_CP__TELEMETRY__LOG__LEVEL=debug isthmus-global-cp --config global-cp.yaml
 
 A configuration file:
   node: cp-1
@@ -51,7 +38,7 @@ Then, on the same machine:
 
 fn main() -> ExitCode {
     isthmus_identity::install_crypto();
-    let Verb::Run(args) = Cli::parse().command;
+    let args = Cli::parse();
     match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -62,7 +49,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(args: &Run) -> anyhow::Result<()> {
+fn run(args: &Cli) -> anyhow::Result<()> {
     let mut config: Config = config::load(&args.config, "ISTHMUS_CP")?;
     if args.check_config {
         println!("{} is valid", args.config.display());

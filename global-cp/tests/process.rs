@@ -54,7 +54,7 @@ fn good_config(dir: &Path) -> PathBuf {
 }
 
 fn start(config: &Path) -> Process {
-    Process(program().args(["run", "--config"]).arg(config).stdin(Stdio::null()).spawn().unwrap())
+    Process(program().args(["--config"]).arg(config).stdin(Stdio::null()).spawn().unwrap())
 }
 
 fn output(args: &[&str]) -> Output {
@@ -140,14 +140,14 @@ async fn sigterm_drains_and_exits_cleanly() {
 fn check_config_reports_all_problems_with_their_lines() {
     let dir = tempfile::tempdir().unwrap();
     let good = good_config(dir.path());
-    assert!(output(&["run", "--check-config", "--config", good.to_str().unwrap()]).status.success());
+    assert!(output(&["--check-config", "--config", good.to_str().unwrap()]).status.success());
 
     let bad = write_config(
         dir.path(),
         "node: Not_A_Label\nfederation: isthmus.example\nstateDir: state\n\
          listen: { grpc: \"0.0.0.0:7443\", admin: \"0.0.0.0:7443\", health: \"127.0.0.1:0\" }\n",
     );
-    let answer = output(&["run", "--check-config", "--config", bad.to_str().unwrap()]);
+    let answer = output(&["--check-config", "--config", bad.to_str().unwrap()]);
     let text = String::from_utf8(answer.stderr).unwrap();
     assert!(!answer.status.success());
     for part in ["global-cp.yaml:1:", "node", "advertise", "listen.admin"] {
@@ -158,7 +158,7 @@ fn check_config_reports_all_problems_with_their_lines() {
 #[test]
 fn help_shows_examples() {
     let text = String::from_utf8(output(&["--help"]).stdout).unwrap();
-    assert!(text.contains("isthmus-global-cp run --config global-cp.yaml"), "{text}");
+    assert!(text.contains("isthmus-global-cp --config global-cp.yaml"), "{text}");
 }
 
 #[test]
@@ -166,7 +166,7 @@ fn an_unwritable_state_folder_stops_the_program_before_it_listens() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("state"), "a file where the folder should be").unwrap();
     let config = good_config(dir.path());
-    let answer = output(&["run", "--config", config.to_str().unwrap()]);
+    let answer = output(&["--config", config.to_str().unwrap()]);
     let text = String::from_utf8(answer.stderr).unwrap();
     assert!(!answer.status.success());
     assert!(text.contains(dir.path().join("state").to_str().unwrap()), "{text}");

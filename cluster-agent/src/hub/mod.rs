@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+use isthmus_api::convert::ConsumerKind;
 use isthmus_model::{local::LocalEndpoints, time::Timestamp};
 use isthmus_runtime::{
     files::LastKnownGood,
@@ -37,6 +38,8 @@ const QUEUE: usize = 1_024;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// Rest between two saves.
 const SAVE_PAUSE: Duration = Duration::from_millis(200);
+/// A save that failed is tried again after this.
+const SAVE_RETRY: Duration = Duration::from_secs(5);
 /// Something is looked at again at least this often.
 const IDLE: Duration = Duration::from_secs(60);
 
@@ -201,6 +204,7 @@ impl Writer {
 
     fn publish(&mut self, republish: Republish) {
         let view = self.state.view();
+        self.forget(&view);
         let exported = self.state.exported();
         if republish == Republish::Always || !same(&view, &self.out.view.borrow()) {
             self.out.view.send_replace(Arc::new(view));
@@ -227,6 +231,17 @@ impl Writer {
             changed
         });
         self.report();
+    }
+
+    /// Takes those who are gone for good off the board.
+    fn forget(&self, next: &View) {
+        let last = self.out.view.borrow();
+        for name in last.sidecars.keys().filter(|name| !next.sidecars.contains_key(*name)) {
+            self.status.forget(ConsumerKind::Sidecar, name);
+        }
+        for name in last.gateways.keys().filter(|name| !next.gateways.contains_key(*name)) {
+            self.status.forget(ConsumerKind::Gateway, name);
+        }
     }
 
     fn report(&mut self) {
@@ -264,10 +279,12 @@ async fn save(
     shutdown: Shutdown,
 ) {
     let disk = Arc::new(disk);
+    let mut failed = false;
     loop {
         let last = tokio::select! {
             () = shutdown.requested() => true,
             changed = members.changed() => changed.is_err(),
+            () = sleep(SAVE_RETRY), if failed => false,
         };
         let latest = members.borrow_and_update().clone();
         let disk = disk.clone();
@@ -279,6 +296,7 @@ async fn save(
         if let Err(error) = &outcome {
             tracing::error!(%error, "registered gateways and sidecars cannot be saved; a restart would not know them");
         }
+        failed = outcome.is_err();
         let problems = outcome.err().map(|e| problem("state folder", format!("registrations cannot be saved: {e}")));
         status.set_problems(Area::Storage, problems.into_iter().collect());
         if last {

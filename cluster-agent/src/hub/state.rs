@@ -178,9 +178,12 @@ impl State {
         own: Own,
         global: Arc<GlobalSnapshot>,
         manifests: Arc<Manifests>,
-        members: Members,
+        mut members: Members,
         now: Timestamp,
     ) -> Self {
+        // While this agent was down, nobody could be heard: that counts against no one.
+        members.sidecars.values_mut().for_each(|r| r.seen = now);
+        members.gateways.values_mut().for_each(|r| r.seen = now);
         let mut state = Self {
             own,
             global,
@@ -304,7 +307,10 @@ impl State {
         if *current != session {
             return Ok(());
         }
-        record.seen = now;
+        // Not for each report: the record is saved when it changes.
+        if !matches!(event, GatewayEvent::Report(_)) {
+            record.seen = now;
+        }
         match event {
             GatewayEvent::Report(report) => said.reports = report.availability,
             GatewayEvent::Draining => record.gateway.draining = true,

@@ -39,6 +39,7 @@ use tonic::{
 use tower::service_fn;
 
 use super::tokens::{Subject, Tokens};
+use crate::uplink::control::words;
 
 /// In the state folder.
 pub const SOCKET: &str = "admin.sock";
@@ -66,7 +67,7 @@ pub async fn bind(state_dir: &Path) -> Result<UnixListener, AdminError> {
     let path = state_dir.join(SOCKET);
     let fail = |source| AdminError::Io { path: path.clone(), source };
     match UnixStream::connect(&path).await {
-        Ok(_) => return Err(AdminError::InUse(path)),
+        Ok(_) => return Err(AdminError::InUse(state_dir.to_owned())),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(_) => fs::remove_file(&path).map_err(fail)?,
     }
@@ -202,7 +203,7 @@ pub async fn mint(state_dir: &Path, subject: Subject, ttl: Duration) -> Result<S
     let call = client.mint_token(MintTokenRequest { subject: Some(subject), ttl_seconds });
     match timeout(CALL_DEADLINE, call).await {
         Ok(Ok(response)) => Ok(response.into_inner().token),
-        Ok(Err(status)) if status.code() == tonic::Code::Unavailable => Err(unreachable(chain(&status))),
+        Ok(Err(status)) if status.code() == tonic::Code::Unavailable => Err(unreachable(words(&status))),
         Ok(Err(status)) => Err(MintError::Refused(status.message().to_owned())),
         Err(_) => Err(MintError::Silent(path.clone())),
     }

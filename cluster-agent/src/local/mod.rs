@@ -30,7 +30,12 @@ use self::{
     auth::{Caller, Realm, denied},
     tokens::{Refusal, Subject, Tokens},
 };
-use crate::{hub::Hub, metrics::Metrics, status::StatusBoard, uplink::control::ControlPlane};
+use crate::{
+    hub::Hub,
+    metrics::Metrics,
+    status::StatusBoard,
+    uplink::control::{ControlPlane, words},
+};
 
 /// Longest secret looked at; ours have 43 characters.
 const MAX_SECRET: usize = 256;
@@ -85,7 +90,7 @@ impl LocalService {
 
     async fn sign_component(&self, role: Role, csr: Vec<u8>) -> Result<Vec<Vec<u8>>, Status> {
         let signed = self.0.control.sign(role, csr).await.map_err(|status| {
-            tracing::warn!(?role, "the control plane does not sign: {}", chain(&status));
+            tracing::warn!(?role, "the control plane does not sign: {}", words(&status));
             match status.code() {
                 Code::InvalidArgument | Code::PermissionDenied | Code::FailedPrecondition => {
                     Status::new(status.code(), format!("the control plane refuses: {}", status.message()))

@@ -65,7 +65,8 @@ impl Admin {
 
     /// Requests and carried connections that the app is serving.
     pub(super) async fn active_inbound(&self) -> Result<u64, AdminError> {
-        const FILTER: &str = "/stats?filter=%5E(http.inbound.downstream_rq_active%7Ctcp.inbound.downstream_cx_active)%24";
+        const FILTER: &str =
+            "/stats?filter=%5E(http.inbound.downstream_rq_active%7Ctcp.inbound.downstream_cx_active)%24";
         let (_, text) = self.ask(Method::GET, FILTER).await?;
         Ok(text.lines().filter_map(|line| line.rsplit_once(": ")?.1.trim().parse::<u64>().ok()).sum())
     }

@@ -140,8 +140,10 @@ impl Validate for Config {
             problems.add("address", "must be the one address that peers dial, not all addresses");
         }
         if self.state_dir.as_os_str().len() > MAX_STATE_DIR {
-            problems
-                .add("stateDir", format!("the path is too long for a Unix socket in it; at most {MAX_STATE_DIR} bytes"));
+            problems.add(
+                "stateDir",
+                format!("the path is too long for a Unix socket in it; at most {MAX_STATE_DIR} bytes"),
+            );
         }
         let mut ports = BTreeSet::new();
         for (i, inbound) in self.inbound.iter().enumerate() {
@@ -211,7 +213,8 @@ listen: { health: '127.1.1.31:9100' }
 
     #[test]
     fn all_problems_are_told_at_once() {
-        let bad = GOOD.replace("127.0.0.1:18080", "0.0.0.0:18080").replace("web-1\na", "web 1\na") + "adminPort: 8443\n";
+        let bad =
+            GOOD.replace("127.0.0.1:18080", "0.0.0.0:18080").replace("web-1\na", "web 1\na") + "adminPort: 8443\n";
         assert_eq!(problems(&bad), ["name", "inbound[0].app", "adminPort"]);
     }
 

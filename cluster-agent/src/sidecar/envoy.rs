@@ -54,9 +54,10 @@ impl Supervisor {
         let mut backoff = Backoff::new(RESTART_BASE, RESTART_CAP);
         loop {
             self.clear_predecessor().await?;
-            let mut process = self.launch.start().await.map_err(|e| {
-                io::Error::new(e.kind(), format!("start Envoy ({}): {e}", self.launch.envoy.display()))
-            })?;
+            let mut process =
+                self.launch.start().await.map_err(|e| {
+                    io::Error::new(e.kind(), format!("start Envoy ({}): {e}", self.launch.envoy.display()))
+                })?;
             self.metrics.envoy_starts.inc();
             let started = Instant::now();
             tracing::info!(pid = process.pid, "Envoy started");

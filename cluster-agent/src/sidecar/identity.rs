@@ -304,7 +304,9 @@ impl Membership {
     fn roots(&self) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
         let decode = |text: &String| STANDARD.decode(text).map(CertificateDer::from).ok();
         let roots: Option<Vec<_>> = self.roots.iter().map(decode).collect();
-        roots.filter(|r| !r.is_empty()).ok_or(IdentityError::Answer("agent.json holds no roots; remove it and use a new token"))
+        roots
+            .filter(|r| !r.is_empty())
+            .ok_or(IdentityError::Answer("agent.json holds no roots; remove it and use a new token"))
     }
 }
 

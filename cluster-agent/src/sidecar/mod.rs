@@ -134,8 +134,7 @@ impl Bound {
 
 /// Builds and runs until a signal: what `isthmus-agent sidecar` does.
 pub async fn run(config: Config) -> anyhow::Result<()> {
-    let _telemetry =
-        telemetry::init("isthmus-sidecar", &config.name, &config.telemetry).context("set up telemetry")?;
+    let _telemetry = telemetry::init("isthmus-sidecar", &config.name, &config.telemetry).context("set up telemetry")?;
     Ok(build(config).await?.run().await?)
 }
 
@@ -152,7 +151,8 @@ pub async fn build(config: Config) -> Result<Bound, BuildError> {
     let metrics = Metrics::default();
     let mut registry = Registry::default();
     metrics.register(&mut registry);
-    let gates = Gates { identity: readiness.gate("identity"), trust: readiness.gate("trust"), envoy: readiness.gate("envoy") };
+    let gates =
+        Gates { identity: readiness.gate("identity"), trust: readiness.gate("trust"), envoy: readiness.gate("envoy") };
     listener.serve(&tasks, Arc::new(registry), readiness.clone(), axum::Router::new());
 
     let (shutdown, draining) = (tasks.shutdown(), readiness);
@@ -236,7 +236,9 @@ async fn lifecycle(
     files::write_atomic(&bootstrap, serde_json::to_string_pretty(&document)?.as_bytes())?;
     let setpriv = process::find_setpriv();
     if setpriv.is_none() {
-        tracing::warn!("setpriv (util-linux) is not installed: if this launcher is killed with -9, Envoy lives on until the next start");
+        tracing::warn!(
+            "setpriv (util-linux) is not installed: if this launcher is killed with -9, Envoy lives on until the next start"
+        );
     }
     let supervisor = Supervisor {
         launch: Launch {

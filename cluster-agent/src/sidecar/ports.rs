@@ -17,8 +17,7 @@ pub(super) fn listeners(port: u16) -> Vec<IpAddr> {
 
 /// A sentence about `at`, which could not be bound.
 pub(super) fn explain(at: SocketAddr) -> String {
-    let holders: Vec<_> =
-        listeners(at.port()).into_iter().filter(|ip| *ip == at.ip() || ip.is_unspecified()).collect();
+    let holders: Vec<_> = listeners(at.port()).into_iter().filter(|ip| *ip == at.ip() || ip.is_unspecified()).collect();
     match holders.first() {
         Some(ip) if ip.is_unspecified() => format!(
             "an app listens on {} and so on every address; make it listen on its own address, or stop it (find it with: \

@@ -1,10 +1,11 @@
 //! Whether the app answers: a TCP connection to each of its ports ten times a second; a machine's stand-in for the kubelet's
 //! readiness.
 //!
-//! An app that accepts is ready at once; it is unready after two failures in a row, so that one lost race is not an outage.
+//! An app that accepts is ready at once. One that refuses has no listener and is unready at once; one that is silent is
+//! unready after two failures in a row, so that one lost race is not an outage.
 //! A process that is stopped still accepts (its kernel does): that is seen by those who wait for its answers, not here.
 
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, io::ErrorKind, net::SocketAddr, time::Duration};
 
 use futures_util::future::join_all;
 use isthmus_runtime::tasks::Shutdown;
@@ -30,14 +31,23 @@ struct Port {
 }
 
 impl Port {
-    fn probed(&mut self, accepted: bool) {
-        if accepted {
-            *self = Self { ready: true, failures: 0 };
-            return;
+    fn probed(&mut self, answer: Answer) {
+        match answer {
+            Answer::Accepted => *self = Self { ready: true, failures: 0 },
+            Answer::Refused => *self = Self { ready: false, failures: FAILURES },
+            Answer::Silent => {
+                self.failures = self.failures.saturating_add(1);
+                self.ready &= self.failures < FAILURES;
+            }
         }
-        self.failures = self.failures.saturating_add(1);
-        self.ready &= self.failures < FAILURES;
     }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    Accepted,
+    Refused,
+    Silent,
 }
 
 /// Probes `apps` (by the sidecar's port) until shutdown, and puts every change into `ready`.
@@ -50,13 +60,13 @@ pub(super) async fn run(apps: BTreeMap<u16, SocketAddr>, ready: watch::Sender<Re
             () = shutdown.requested() => return,
             _ = ticks.tick() => {}
         }
-        let answers = join_all(apps.values().map(|app| accepts(*app))).await;
+        let answers = join_all(apps.values().map(|app| probe(*app))).await;
         if shutdown.is_requested() {
             // A drain has set everything unready meanwhile; that must stand.
             return;
         }
-        for (port, accepted) in ports.values_mut().zip(answers) {
-            port.probed(accepted);
+        for (port, answer) in ports.values_mut().zip(answers) {
+            port.probed(answer);
         }
         let now: Ready = ports.iter().map(|(port, state)| (*port, state.ready)).collect();
         ready.send_if_modified(|held| {
@@ -70,8 +80,12 @@ pub(super) async fn run(apps: BTreeMap<u16, SocketAddr>, ready: watch::Sender<Re
     }
 }
 
-async fn accepts(app: SocketAddr) -> bool {
-    matches!(timeout(DEADLINE, TcpStream::connect(app)).await, Ok(Ok(_)))
+async fn probe(app: SocketAddr) -> Answer {
+    match timeout(DEADLINE, TcpStream::connect(app)).await {
+        Ok(Ok(_)) => Answer::Accepted,
+        Ok(Err(e)) if e.kind() == ErrorKind::ConnectionRefused => Answer::Refused,
+        Ok(Err(_)) | Err(_) => Answer::Silent,
+    }
 }
 
 #[cfg(test)]
@@ -82,16 +96,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_failure_is_forgiven_and_one_success_is_enough() {
+    fn one_silence_is_forgiven_a_refusal_is_not_and_one_success_is_enough() {
         let mut port = Port::default();
-        port.probed(true);
+        port.probed(Answer::Accepted);
         assert!(port.ready);
-        port.probed(false);
+        port.probed(Answer::Silent);
         assert!(port.ready);
-        port.probed(false);
+        port.probed(Answer::Silent);
         assert!(!port.ready);
-        port.probed(true);
+        port.probed(Answer::Accepted);
         assert!(port.ready);
+        port.probed(Answer::Refused);
+        assert!(!port.ready);
     }
 
     #[tokio::test]

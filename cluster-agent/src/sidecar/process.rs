@@ -15,6 +15,9 @@ use std::{
 
 use tokio::{process::Command, runtime, sync::oneshot};
 
+/// Becomes Envoy unless the launcher died before the signal was set, when it would never come.
+const STILL_OURS: &str = r#"[ "$PPID" = "$1" ] || exit 1; shift; exec "$@""#;
+
 /// What to start.
 #[derive(Clone, Debug)]
 pub(super) struct Launch {
@@ -77,7 +80,8 @@ impl Launch {
         let mut command = match &self.setpriv {
             Some(setpriv) => {
                 let mut command = Command::new(setpriv);
-                command.args(["--pdeathsig", "KILL", "--"]).arg(&self.envoy);
+                command.args(["--pdeathsig", "KILL", "--", "/bin/sh", "-c", STILL_OURS, "sh"]);
+                command.arg(std::process::id().to_string()).arg(&self.envoy);
                 command
             }
             None => Command::new(&self.envoy),
@@ -120,4 +124,74 @@ pub(super) fn find_setpriv() -> Option<PathBuf> {
         .chain(["/usr/bin".into(), "/bin".into()])
         .map(|dir| dir.join("setpriv"))
         .find(|file| file.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead, BufReader},
+        os::unix::fs::PermissionsExt,
+        path::Path,
+        process,
+        time::Duration,
+    };
+
+    use isthmus_runtime::wait::wait_for;
+
+    use super::*;
+
+    const ROLE: &str = "ISTHMUS_TEST_ENVOY";
+
+    fn launch(envoy: &Path) -> Launch {
+        Launch {
+            envoy: envoy.to_owned(),
+            bootstrap: "/nonexistent".into(),
+            log: None,
+            log_level: "error",
+            setpriv: Some(find_setpriv().expect("setpriv of util-linux is needed")),
+        }
+    }
+
+    fn runs(pid: u32) -> bool {
+        let state = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // A zombie has ended; whoever is its parent now has yet to fetch it.
+        state.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    }
+
+    /// Runs itself once more as the launcher to be killed.
+    #[tokio::test]
+    async fn envoy_dies_with_a_launcher_that_is_killed() {
+        if let Some(envoy) = std::env::var_os(ROLE) {
+            let child = launch(Path::new(&envoy)).start().await.unwrap();
+            println!("\npid {}", child.pid.unwrap());
+            std::future::pending::<()>().await;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let envoy = dir.path().join("envoy");
+        std::fs::write(&envoy, "#!/bin/sh\nexec sleep 600\n").unwrap();
+        std::fs::set_permissions(&envoy, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let name = "sidecar::process::tests::envoy_dies_with_a_launcher_that_is_killed";
+        let mut launcher = process::Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact", "--nocapture"])
+            .env(ROLE, &envoy)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(launcher.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let pid = lines.find_map(|line| line.strip_prefix("pid ")?.parse().ok()).unwrap();
+        assert!(runs(pid));
+        launcher.kill().unwrap();
+        launcher.wait().unwrap();
+        wait_for("the child to die", Duration::from_secs(5), async || !runs(pid)).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_killed_process_and_one_that_cannot_start_are_told() {
+        let mut sleeper = launch(Path::new("/bin/sh"));
+        sleeper.setpriv = None;
+        // A shell does not know Envoy's options and ends at once.
+        assert!(!sleeper.start().await.unwrap().exited().await.unwrap().success());
+        sleeper.envoy = "/nonexistent/envoy".into();
+        assert_eq!(sleeper.start().await.unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
 }

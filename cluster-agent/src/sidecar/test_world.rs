@@ -49,7 +49,11 @@ use crate::{
         self, Hub, Setup,
         state::{Event, GatewayEvent, Members, Own, State},
     },
-    local::{LocalService, Parts, auth::Realm, tokens::{Subject, Tokens}},
+    local::{
+        LocalService, Parts,
+        auth::Realm,
+        tokens::{Subject, Tokens},
+    },
     metrics::Metrics,
     source::folder::Manifests,
     status::StatusBoard,
@@ -122,10 +126,7 @@ impl Federation {
             exporters: CLUSTERS.iter().map(|c| (c.parse().unwrap(), exporter(c, name))).collect(),
             conflicts: Vec::new(),
         };
-        let services = [
-            service("cart", 1, CART, AppProtocol::Http),
-            service("orders", 2, ORDERS, AppProtocol::Tcp),
-        ];
+        let services = [service("cart", 1, CART, AppProtocol::Http), service("orders", 2, ORDERS, AppProtocol::Tcp)];
         let info = |(index, (name, ca)): (u16, (&String, &Arc<CertificateAuthority>))| ClusterInfo {
             name: name.parse().unwrap(),
             index: ClusterIndex(index),
@@ -177,7 +178,10 @@ impl Federation {
             federation: "isthmus.example".parse().unwrap(),
             trust_domain: ca.trust_domain().clone(),
         };
-        let policy = { let realm = realm.clone(); Arc::new(move |id: &SpiffeId| realm.caller(id).is_some()) };
+        let policy = {
+            let realm = realm.clone();
+            Arc::new(move |id: &SpiffeId| realm.caller(id).is_some())
+        };
         let tls = server_config(&identity, &trust, ClientAuth::Optional(policy), &[b"h2"]).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -219,8 +223,7 @@ impl Federation {
 
     /// A launcher's configuration, with a fresh token of `agent`.
     pub(super) fn sidecar(&self, agent: &Agent, cluster: &str, account: &str, host: u8, dir: &Path) -> Config {
-        let subject =
-            Subject::Workload { namespace: "shop".parse().unwrap(), service_account: account.to_owned() };
+        let subject = Subject::Workload { namespace: "shop".parse().unwrap(), service_account: account.to_owned() };
         let now = Timestamp(isthmus_runtime::now());
         let token = Token::mint(TokenSpec {
             kind: TokenKind::Local,
@@ -389,4 +392,3 @@ metadata: {{ name: {name}, namespace: shop }}
     }
     text
 }
-

@@ -20,7 +20,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::JoinHandle,
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tokio_rustls::TlsConnector;
 
@@ -163,6 +163,37 @@ async fn requests_reach_the_near_app_with_the_callers_identity_and_the_far_one_w
         assert_eq!(answer.status, StatusCode::OK, "{method}: {answer:?}\n{}", web.log());
         assert!(answer.body.starts_with(&format!("far {method} ")), "{answer:?}");
     }
+    for launcher in [web, near_cart, far_cart] {
+        launcher.stop().await;
+    }
+    west.stop.request();
+    shop.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_stands_still_is_left_within_seconds() {
+    let shop = Shop::open(DAY).await;
+    let west = shop.federation.agent("us-west", 22, 42, DAY).await;
+    let (near, _near_stop) = http_app(&shop.federation.tasks, "near").await;
+    let (far, _far_stop) = http_app(&shop.federation.tasks, "far").await;
+    let near_cart = shop.cart(&shop.east, "us-east", 21, near).await;
+    let far_cart = shop.cart(&west, "us-west", 22, far).await;
+    let gateway = shop.federation.ip(11);
+    let far_sidecar = SocketAddr::new(shop.federation.ip(22), 8443);
+    shop.federation.splice(SocketAddr::new(gateway, 15502), far_sidecar).await;
+    shop.east.gateway(gateway).await;
+    let web = shop.web().await;
+    assert!(call(shop.cart, Method::GET, "/").await.unwrap().body.starts_with("near "));
+
+    // The kernel still accepts for a stopped process, and its launcher, which probes the app, notices nothing.
+    signal("-STOP", near_cart.dir.path());
+    let stopped = Instant::now();
+    let answer = call(shop.cart, Method::GET, "/").await.unwrap();
+    assert!(answer.body.starts_with("far "), "{answer:?}");
+    assert!(stopped.elapsed() < Duration::from_secs(6), "{:?}", stopped.elapsed());
+    signal("-CONT", near_cart.dir.path());
+    let returns = async || call(shop.cart, Method::GET, "/").await.is_ok_and(|a| a.body.starts_with("near "));
+    wait_for("requests to return", DEADLINE, returns).await.unwrap();
     for launcher in [web, near_cart, far_cart] {
         launcher.stop().await;
     }
@@ -346,7 +377,7 @@ async fn an_envoy_that_dies_is_started_again() {
     let (app, _stop) = http_app(&shop.federation.tasks, "cart").await;
     let cart = shop.cart(&shop.east, "us-east", 21, app).await;
     shop.east.applied("cart-us-east").await;
-    kill(cart.dir.path());
+    signal("-KILL", cart.dir.path());
     let again = async || cart.metric("isthmus_sidecar_envoy_starts_total").await == 2;
     wait_for("a second Envoy", DEADLINE, again).await.unwrap();
     assert_eq!(cart.metric("isthmus_sidecar_envoy_deaths_total").await, 1);
@@ -361,11 +392,11 @@ async fn an_envoy_that_dies_is_started_again() {
     shop.close().await;
 }
 
-fn kill(dir: &Path) {
+fn signal(signal: &str, dir: &Path) {
     let pids = envoys(dir);
     assert_eq!(pids.len(), 1);
     for pid in pids {
-        assert!(std::process::Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+        assert!(std::process::Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
     }
 }
 

@@ -44,7 +44,7 @@ pub enum Refused {
     #[error("the control plane speaks for federation {0}, which this cluster did not join")]
     Federation(TrustDomain),
     /// Contradicts itself.
-    #[error("the control plane's state contradicts itself: {0}")]
+    #[error("the control plane's state contradicts itself")]
     Inconsistent(#[from] InconsistentError),
     /// A cluster claims a trust domain that was another's.
     #[error(

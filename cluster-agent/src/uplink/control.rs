@@ -72,6 +72,14 @@ impl ControlPlane {
     }
 }
 
+/// What a call's failure says to people; tonic's own text repeats its sources.
+pub fn words(status: &Status) -> String {
+    match status.message() {
+        "" => status.code().description().to_owned(),
+        message => message.to_owned(),
+    }
+}
+
 /// `spiffe://<federation>/cp/<node>`.
 pub fn is_control_plane(id: &SpiffeId) -> bool {
     let mut segments = id.segments();

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{sleep, timeout};
 use tonic::{Code, Status};
 
-use super::control::{CALL_DEADLINE, chain, client, is_control_plane};
+use super::control::{CALL_DEADLINE, chain, client, is_control_plane, words};
 use crate::config::Config;
 
 /// The agent's SVID in the state folder: `agent.pem`, `agent.key`.
@@ -77,7 +77,7 @@ pub enum JoinError {
     NoTokenFile(ClusterName),
     /// The token file is not readable.
     #[error(
-        "the join token file {path} cannot be read: {source}; mint a token with `isthmusctl cluster join-token \
+        "the join token file {path} cannot be read: mint a token with `isthmusctl cluster join-token \
          {cluster}` and write it there"
     )]
     TokenFile {
@@ -200,7 +200,7 @@ pub async fn join(config: &Config, token: &Token, ca: &CertificateAuthority, gat
         match attempt(config, token, ca).await? {
             Ok(joined) => return Ok(joined),
             Err(status) => {
-                let why = format!("the control plane at {} cannot be reached: {}", token.address, causes(&status));
+                let why = format!("the control plane at {} cannot be reached: {}", token.address, words(&status));
                 tracing::warn!(control_plane = %token.address, "{why}; trying again");
                 gate.unready(&why);
                 sleep(backoff.next()).await;
@@ -235,7 +235,7 @@ async fn attempt(
         }
         Err(_) => return Ok(Err(Status::deadline_exceeded("no answer in time"))),
     };
-    let joined = believe(config, token, response, &key, &root).map_err(|e| JoinError::Answer(e.to_string()))?;
+    let joined = believe(config, token, response, &key, &root).map_err(|e| JoinError::Answer(causes(&e)))?;
     joined.svid.save(&config.state_dir, SVID_NAME)?;
     Ok(Ok(joined))
 }
@@ -250,13 +250,13 @@ pub fn save(state_dir: &Path, member: &Member) -> Result<(), JoinError> {
 
 #[derive(Debug, thiserror::Error)]
 enum Doubt {
-    #[error("{0}")]
+    #[error(transparent)]
     Convert(#[from] ConvertError),
-    #[error("{0}")]
+    #[error(transparent)]
     Id(#[from] IdError),
-    #[error("{0}")]
+    #[error(transparent)]
     Svid(#[from] SvidError),
-    #[error("{0}")]
+    #[error(transparent)]
     Bundle(#[from] BundleError),
     #[error("its trust bundle does not hold the root that the token pins")]
     Pin,

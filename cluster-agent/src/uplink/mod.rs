@@ -2,7 +2,7 @@
 //!
 //! In: what the hub publishes, the status board. Out: accepted states of the federation, to disk first, then to the
 //! verifiers' roots, then to the hub. What holds: states only go forward; a bundle that its owner did not sign is not
-//! used ([`admit`]); losing the control plane changes nothing but the status.
+//! used ([`mod@admit`]); losing the control plane changes nothing but the status.
 
 pub mod admit;
 pub mod control;
@@ -149,8 +149,8 @@ impl Uplink {
         let Admitted { snapshot, pins, problems } = match judged {
             Ok(admitted) => admitted,
             Err(refused) => {
-                tracing::error!(stamp = %raw.stamp, "a state from the control plane is refused: {refused}");
-                self.status.set_problems(Area::Refused, vec![problem("control plane", refused.to_string())]);
+                tracing::error!(stamp = %raw.stamp, "a state from the control plane is refused: {}", chain(&refused));
+                self.status.set_problems(Area::Refused, vec![problem("control plane", chain(&refused))]);
                 return Accept::Refused;
             }
         };

@@ -11,7 +11,10 @@ use isthmus_runtime::{
 };
 use tokio::time::sleep;
 
-use super::{control::ControlPlane, join::SVID_NAME};
+use super::{
+    control::{ControlPlane, words},
+    join::SVID_NAME,
+};
 use crate::{
     metrics::Metrics,
     status::{Area, StatusBoard, problem},
@@ -76,7 +79,7 @@ impl Renewal {
     async fn renew(&self) -> Result<Svid, String> {
         let key = KeyPair::generate().map_err(|e| chain(&e))?;
         let csr = key.csr_der().map_err(|e| chain(&e))?;
-        let signed = self.control.sign(Role::Agent, csr).await.map_err(|s| chain(&s))?;
+        let signed = self.control.sign(Role::Agent, csr).await.map_err(|s| words(&s))?;
         let svid = Svid::new(signed.chain, &key).map_err(|e| chain(&e))?;
         let id = self.identity.current().id().clone();
         if *svid.id() != id {

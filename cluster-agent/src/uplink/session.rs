@@ -25,7 +25,10 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{Accept, Uplink, control::CALL_DEADLINE};
+use super::{
+    Accept, Uplink,
+    control::{CALL_DEADLINE, words},
+};
 use crate::status::{Area, problem};
 
 /// Status at most this often.
@@ -44,8 +47,8 @@ pub(super) enum Ended {
     #[error("the agent is going down")]
     Shutdown,
     /// The control plane ended it, or the connection broke.
-    #[error("{0}")]
-    Closed(#[source] Status),
+    #[error("{}", words(_0))]
+    Closed(Status),
     /// The control plane ended it in order.
     #[error("the control plane ended the session")]
     Finished,
@@ -53,7 +56,7 @@ pub(super) enum Ended {
     #[error("the control plane did not commit a publication within {PUBLISH_DEADLINE:?} (has it a quorum?)")]
     Unanswered,
     /// It sent something that is not valid.
-    #[error("the control plane sent an invalid {what}: {source}")]
+    #[error("the control plane sent an invalid {what}")]
     Invalid {
         /// Which message.
         what: &'static str,
@@ -251,7 +254,7 @@ impl Session<'_> {
             problems: Vec::new(),
         };
         let status = convert::Status {
-            consumers: std::iter::once(agent).chain(standing.consumers).collect(),
+            consumers: std::iter::once(agent).chain(standing.consumers).take(convert::limits::STATUS).collect(),
             availability: reports.collect(),
             problems: standing.problems,
         };

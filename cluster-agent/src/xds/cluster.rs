@@ -10,7 +10,8 @@ use envoy_types::{
         envoy::{
             config::{
                 cluster::v3::{
-                    CircuitBreakers, Cluster, OutlierDetection, circuit_breakers::Thresholds,
+                    CircuitBreakers, Cluster, OutlierDetection,
+                    circuit_breakers::Thresholds,
                     cluster::{ClusterDiscoveryType, CommonLbConfig, DiscoveryType, EdsClusterConfig, LbPolicy},
                 },
                 core::v3::{Http1ProtocolOptions, Http2ProtocolOptions, HttpProtocolOptions, KeepaliveSettings},
@@ -54,6 +55,16 @@ pub(super) fn http_outbound(name: &str, identities: &BTreeSet<SpiffeId>) -> Clus
         outlier_detection: Some(OutlierDetection {
             max_ejection_percent: uint(100),
             always_eject_one_host: boolean(true),
+            // One lost tunnel resets all requests of a connection in the same instant, and Envoy counts each as a failure
+            // of the local gateway, whose other tunnels are fine: a count in a row would eject the path to the whole
+            // cluster. A share of a second's requests tells a dead host from a hiccup.
+            enforcing_consecutive_local_origin_failure: uint(0),
+            enforcing_failure_percentage: uint(0),
+            enforcing_failure_percentage_local_origin: uint(100),
+            failure_percentage_threshold: uint(90),
+            failure_percentage_minimum_hosts: uint(1),
+            failure_percentage_request_volume: uint(3),
+            interval: millis(1000),
             ..ejection()
         }),
         ..eds(name)
@@ -181,9 +192,9 @@ fn http_options(
     let explicit = upstreams::http_protocol_options::ExplicitHttpConfig { protocol_config: Some(protocol) };
     let options = upstreams::HttpProtocolOptions {
         common_http_protocol_options: Some(common),
-        upstream_protocol_options: Some(
-            upstreams::http_protocol_options::UpstreamProtocolOptions::ExplicitHttpConfig(explicit),
-        ),
+        upstream_protocol_options: Some(upstreams::http_protocol_options::UpstreamProtocolOptions::ExplicitHttpConfig(
+            explicit,
+        )),
         ..Default::default()
     };
     ("envoy.extensions.upstreams.http.v3.HttpProtocolOptions".to_owned(), pack_any(options))

@@ -84,7 +84,10 @@ struct Subscription {
 #[derive(Debug)]
 struct InFlight {
     nonce: String,
+    /// Less what has become void since.
     sent: BTreeMap<String, String>,
+    /// It had several members, so a refusal does not say whose fault it is.
+    batch: bool,
     removed: Vec<String>,
 }
 
@@ -98,7 +101,26 @@ impl DeltaStream {
     pub fn update(&mut self, target: Arc<Resources>) -> Vec<DeltaDiscoveryResponse> {
         self.target = target;
         self.impatient = false;
+        self.release_withdrawn();
         self.respond()
+    }
+
+    /// A cluster whose update is under way and which is now withdrawn warms up for endpoints that will not come: the client
+    /// hears that they are gone, else it would neither confirm the update nor take the removal.
+    fn release_withdrawn(&mut self) {
+        let updating: Vec<_> = self
+            .types
+            .get(&ResourceType::Cluster)
+            .and_then(|c| c.in_flight.as_ref())
+            .map_or_else(Vec::new, |in_flight| in_flight.sent.keys().cloned().collect());
+        if let Some(endpoints) = self.types.get_mut(&ResourceType::Endpoints) {
+            for name in updating {
+                if endpoints.names.contains(&name) && self.target.find(ResourceType::Endpoints, &name).is_none() {
+                    endpoints.held.remove(&name);
+                    endpoints.absent.insert(name);
+                }
+            }
+        }
     }
 
     /// The client spoke. Types that are not served get no answer.
@@ -167,8 +189,7 @@ impl DeltaStream {
             }
             None => {
                 // Names exist only below a cluster or listener, which a client must have asked for.
-                !matches!(kind, ResourceType::Cluster | ResourceType::Listener)
-                    && self.target.of(kind).next().is_none()
+                !matches!(kind, ResourceType::Cluster | ResourceType::Listener) && self.target.of(kind).next().is_none()
             }
         })
     }
@@ -267,6 +288,7 @@ impl DeltaStream {
         subscription.in_flight = Some(InFlight {
             nonce: nonce.clone(),
             sent: resources.iter().map(|(name, r)| (name.clone(), r.version.clone())).collect(),
+            batch: resources.len() > 1,
             removed: removed.clone(),
         });
         if kind == ResourceType::Cluster {
@@ -346,7 +368,7 @@ impl Subscription {
                     self.held.insert(name, version);
                 }
             }
-            Some(_) if done.sent.len() > 1 => self.suspects.extend(done.sent.into_keys()),
+            Some(_) if done.batch => self.suspects.extend(done.sent.into_keys()),
             Some(detail) => {
                 self.rejected.extend(done.sent.into_iter().map(|(name, version)| (name, (version, detail.clone()))));
             }

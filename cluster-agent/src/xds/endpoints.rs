@@ -36,8 +36,7 @@ pub(super) fn http(
     let number = port.port.number;
     let mut seen = BTreeSet::new();
     let mut groups = Vec::new();
-    let candidates =
-        failover::choose(service, Some(number), &view.cluster, &view.global, &view.observations, now);
+    let candidates = failover::choose(service, Some(number), &view.cluster, &view.global, &view.observations, now);
     for candidate in candidates.iter().filter(|c| c.usable()) {
         let Some(sni) = server_name(view, service, number, Some(&candidate.cluster)) else {
             problems.push(unnameable(service, number));
@@ -60,8 +59,7 @@ pub(super) fn http(
 
 /// Of a TCP port: the gateways, which choose.
 pub(super) fn tcp(name: &str, view: &View, sni: &str) -> ClusterLoadAssignment {
-    let group: Vec<_> =
-        active_gateways(view).map(|g| endpoint(SocketAddr::new(g.ip, g.auto_port), sni)).collect();
+    let group: Vec<_> = active_gateways(view).map(|g| endpoint(SocketAddr::new(g.ip, g.auto_port), sni)).collect();
     assignment(name, if group.is_empty() { Vec::new() } else { vec![group] })
 }
 

@@ -17,11 +17,12 @@ use envoy_types::{
             http::router::v3::Router,
             network::{
                 http_connection_manager::v3::{
-                    HttpConnectionManager, HttpFilter, LocalReplyConfig, Rds, ResponseMapper, http_filter,
+                    HttpConnectionManager, HttpFilter, LocalReplyConfig, Rds, ResponseMapper,
                     http_connection_manager::{
                         CodecType, ForwardClientCertDetails, RouteSpecifier, ServerHeaderTransformation,
                         SetCurrentClientCertDetails,
                     },
+                    http_filter,
                 },
                 tcp_proxy::v3::{TcpProxy, tcp_proxy::ClusterSpecifier},
             },

@@ -2,7 +2,7 @@
 //!
 //! Retries are bounded by what HTTP allows. Idempotent methods (RFC 9110, 9.2.2) are retried after any failure of the path
 //! and after 502 to 504. Others only when the request provably never reached the app: the connection or stream failed before
-//! it was sent, or the far sidecar says so with a header that it alone sets. Each cluster is tried twice, on different
+//! it was sent, or the far sidecar says so with a header that it alone sets. Each cluster is tried three times, on different
 //! hosts where there are, before the next one's turn.
 //!
 //! There is no timeout per try and none for the whole exchange: both would cut what is merely slow or long. A dead path is
@@ -15,15 +15,14 @@ use envoy_types::{
         config::route::v3::{
             HeaderMatcher, RetryPolicy, Route, RouteAction, RouteConfiguration, RouteMatch, VirtualHost,
             header_matcher::HeaderMatchSpecifier,
-            retry_policy::{
-                RetryBackOff, RetryHostPredicate, RetryPriority, retry_host_predicate, retry_priority,
-            },
+            retry_policy::{RetryBackOff, RetryHostPredicate, RetryPriority, retry_host_predicate, retry_priority},
             route::Action,
             route_action::ClusterSpecifier,
             route_match::PathSpecifier,
         },
         extensions::retry::{
-            host::previous_hosts::v3::PreviousHostsPredicate, priority::previous_priorities::v3::PreviousPrioritiesConfig,
+            host::previous_hosts::v3::PreviousHostsPredicate,
+            priority::previous_priorities::v3::PreviousPrioritiesConfig,
         },
         r#type::matcher::v3::{RegexMatcher, StringMatcher, string_matcher::MatchPattern},
     },
@@ -36,10 +35,11 @@ use super::{
     wire::{boolean, duration, millis, uint},
 };
 
-/// With two tries per cluster this reaches the third cluster.
-const RETRIES: u32 = 4;
-/// Tries per priority.
-const TRIES_PER_PRIORITY: i32 = 2;
+/// With three tries per cluster this reaches the third cluster.
+const RETRIES: u32 = 7;
+/// Tries per priority. When a far gateway dies, the connections through each local gateway break at moments of their own
+/// (each notices by itself): after two that broke, the third goes over a tunnel that works.
+const TRIES_PER_PRIORITY: i32 = 3;
 /// An HTTP exchange in which no byte moves for this long is over (504 if the response had not begun). The figure is Envoy's
 /// default request timeout; here it does not cut a transfer that makes progress.
 const HTTP_IDLE_TIMEOUT: Duration = Duration::from_secs(15);
@@ -131,7 +131,7 @@ fn retry(on: &str) -> RetryPolicy {
             name: "envoy.retry_priorities.previous_priorities".to_owned(),
             config_type: Some(retry_priority::ConfigType::TypedConfig(pack_any(next_priority))),
         }),
-        retry_back_off: Some(RetryBackOff { base_interval: millis(25), max_interval: millis(250) }),
+        retry_back_off: Some(RetryBackOff { base_interval: millis(10), max_interval: millis(250) }),
         retriable_headers: vec![HeaderMatcher {
             name: UNREACHED_HEADER.to_owned(),
             header_match_specifier: Some(HeaderMatchSpecifier::PresentMatch(true)),

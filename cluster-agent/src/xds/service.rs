@@ -162,7 +162,7 @@ struct Client {
 }
 
 enum Event {
-    Request(Option<Result<DeltaDiscoveryRequest, Status>>),
+    Request(Option<Result<Box<DeltaDiscoveryRequest>, Status>>),
     View(bool),
     Timer,
     Shutdown,
@@ -201,7 +201,7 @@ impl Session {
         let event = tokio::select! {
             // All of these are cancel-safe: nothing is lost when another comes first.
             () = self.service.shutdown.requested() => Event::Shutdown,
-            request = self.requests.next() => Event::Request(request),
+            request = self.requests.next() => Event::Request(request.map(|r| r.map(Box::new))),
             changed = self.service.view.changed() => Event::View(changed.is_ok()),
             () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => Event::Timer,
         };
@@ -212,7 +212,7 @@ impl Session {
                 tracing::debug!(sidecar = client.name, %status, "xDS stream broke");
                 return Ok(false);
             }
-            Event::Request(Some(Ok(request))) => client.request(request, &self.service.metrics)?,
+            Event::Request(Some(Ok(request))) => client.request(*request, &self.service.metrics)?,
             Event::View(true) => {
                 let view = self.service.view.borrow_and_update().clone();
                 match view.sidecars.get(&client.name) {

@@ -10,9 +10,7 @@ use envoy_types::pb::envoy::{
             cluster::{ClusterDiscoveryType, DiscoveryType},
         },
         core::v3::{Address, Node, Pipe, address},
-        endpoint::v3::{
-            ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier,
-        },
+        endpoint::v3::{ClusterLoadAssignment, Endpoint, LbEndpoint, LocalityLbEndpoints, lb_endpoint::HostIdentifier},
         listener::v3::{Listener, filter::ConfigType},
         route::v3::RouteConfiguration,
     },
@@ -51,7 +49,9 @@ fn assignment(view: &View, name: &str) -> Vec<(u32, String, String)> {
 }
 
 fn text(endpoint: &Endpoint) -> String {
-    let Some(address::Address::SocketAddress(at)) = endpoint.address.clone().unwrap().address else { panic!("no address") };
+    let Some(address::Address::SocketAddress(at)) = endpoint.address.clone().unwrap().address else {
+        panic!("no address")
+    };
     match at.port_specifier {
         Some(envoy_types::pb::envoy::config::core::v3::socket_address::PortSpecifier::PortValue(port)) => {
             format!("{}:{port}", at.address)
@@ -153,7 +153,11 @@ fn a_port_that_nobody_may_answer_for_is_not_configured_at_all() {
     let resources = build(&view, &sidecar(), NOW);
     assert!(resources.find(ResourceType::Cluster, "outbound|5000|shop/orders").is_none());
     assert!(resources.find(ResourceType::Listener, "outbound|127.64.0.2:5000").is_none());
-    assert!(resources.problems.iter().any(|p| p.contains("shop/orders") && p.contains("5000")), "{:?}", resources.problems);
+    assert!(
+        resources.problems.iter().any(|p| p.contains("shop/orders") && p.contains("5000")),
+        "{:?}",
+        resources.problems
+    );
 }
 
 #[test]

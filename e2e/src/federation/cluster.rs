@@ -80,10 +80,8 @@ impl Cluster {
         }
         mint(binaries, &agent_config, "dns", "dns-1", &dir.join("dns-1.token")).await?;
         let file = write(&dir, "dns.yaml", &layout.dns_config(&dir))?;
-        let mut dns = Process::new(named("dns-1"), &binaries.dns, federation)
-            .arg("--config")
-            .arg(file)
-            .health(layout.dns_health);
+        let mut dns =
+            Process::new(named("dns-1"), &binaries.dns, federation).arg("--config").arg(file).health(layout.dns_health);
         dns.start()?;
         dns.ready(START_DEADLINE).await?;
         for gateway in gateways.values_mut() {

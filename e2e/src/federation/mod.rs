@@ -67,7 +67,7 @@ impl Federation {
         let config = dir.join("global-cp.yaml");
         std::fs::write(&config, layout.config(&dir.join("global-cp"), hold_down)).context("write the configuration")?;
         let mut control_plane = Process::new("global-cp", &binaries.global_cp, &dir)
-            .args(["run", "--config"])
+            .arg("--config")
             .arg(&config)
             .health(layout.health);
         control_plane.start()?;

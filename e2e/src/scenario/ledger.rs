@@ -26,13 +26,19 @@ pub struct Window {
     pub settles_on: &'static str,
 }
 
-/// A moment at which something was killed: connections open then may break, and no proxy may retry them for the app once
-/// the server has spoken.
+/// A moment at which something was killed: sessions under way then may break, and once the far sidecar has answered no
+/// proxy may retry them for the app.
 #[derive(Clone, Copy, Debug)]
 struct Fault {
     before_ms: u64,
     after_ms: u64,
+    /// An app died behind a sidecar that lives on. Until its launcher's next probe the sidecar goes on to answer, so a
+    /// session may still be opened in vain; this is the time within which that must end.
+    blind_ms: u64,
 }
+
+/// Probe interval, and the way of its result to the gateways.
+const BLIND_MS: u64 = 300;
 
 /// Faults and windows, in order.
 #[derive(Debug, Default)]
@@ -44,7 +50,12 @@ pub struct Ledger {
 impl Ledger {
     /// Notes that something was killed between the two times.
     pub fn fault(&mut self, before_ms: u64, after_ms: u64) {
-        self.faults.push(Fault { before_ms, after_ms });
+        self.faults.push(Fault { before_ms, after_ms, blind_ms: 0 });
+    }
+
+    /// Notes that an app was killed between the two times, and its sidecar was not.
+    pub fn app_fault(&mut self, before_ms: u64, after_ms: u64) {
+        self.faults.push(Fault { before_ms, after_ms, blind_ms: BLIND_MS });
     }
 
     /// Notes a finished stretch.
@@ -61,7 +72,7 @@ impl Ledger {
             let both = samples.summary(&[Kind::Http, Kind::Tcp], window.from_ms, window.to_ms)?;
             let ended_here = |s: &&Sample| (window.from_ms..window.to_ms).contains(&s.end_ms());
             let sessions = samples.since(Kind::Tcp, 0)?.filter(|s| s.error.is_some()).filter(ended_here);
-            let in_flight = sessions.filter(|s| self.was_open_at_a_fault(s)).count();
+            let in_flight = sessions.filter(|s| self.was_beyond_retry(s)).count();
             let unexplained = http.failed() + tcp.failed() - in_flight;
             let strangers: BTreeSet<&String> =
                 both.clusters.keys().filter(|c| !window.allowed.contains(&c.as_str())).collect();
@@ -74,7 +85,8 @@ impl Ledger {
             }
             if in_flight > 0 {
                 report.note(&format!(
-                    "step {}: {in_flight} orders sessions were open at the moment of the kill; no retry is legal there",
+                    "step {}: {in_flight} orders sessions were under way at the kill, or answered by a sidecar whose app had \
+                     just died; no retry is legal there",
                     window.step
                 ));
             }
@@ -94,11 +106,11 @@ impl Ledger {
         Ok(())
     }
 
-    fn was_open_at_a_fault(&self, sample: &Sample) -> bool {
+    /// No retry was legal: it was under way when something was killed, or a sidecar answered it for an app just dead. One
+    /// that began later was owed a replay.
+    fn was_beyond_retry(&self, sample: &Sample) -> bool {
         let end_ms = sample.end_ms() + 1;
-        // A session that never saw the greeting was not open: the gateways owed it a replay.
-        let greeted = sample.error.as_deref().is_some_and(|e| !e.contains("greeting") && !e.starts_with("connect"));
-        greeted && self.faults.iter().any(|f| sample.start_ms <= f.after_ms && end_ms >= f.before_ms)
+        self.faults.iter().any(|f| sample.start_ms <= f.after_ms + f.blind_ms && end_ms >= f.before_ms)
     }
 }
 
@@ -117,12 +129,14 @@ mod tests {
     }
 
     #[test]
-    fn only_sessions_that_were_open_at_a_kill_are_excused() {
+    fn only_sessions_that_no_proxy_could_retry_are_excused() {
         let mut ledger = Ledger::default();
         ledger.fault(1000, 1010);
-        assert!(ledger.was_open_at_a_fault(&failed(998, 5_000, "confirmation: reset")));
-        assert!(!ledger.was_open_at_a_fault(&failed(1011, 5_000, "confirmation: reset")), "began after the kill");
-        assert!(!ledger.was_open_at_a_fault(&failed(900, 5_000, "confirmation: reset")), "ended before the kill");
-        assert!(!ledger.was_open_at_a_fault(&failed(998, 5_000, "closed before the greeting")), "replay was owed");
+        assert!(ledger.was_beyond_retry(&failed(998, 5_000, "confirmation: reset")));
+        assert!(!ledger.was_beyond_retry(&failed(1011, 5_000, "confirmation: reset")), "began after the kill");
+        assert!(!ledger.was_beyond_retry(&failed(900, 5_000, "confirmation: reset")), "ended before the kill");
+        ledger.app_fault(2000, 2010);
+        assert!(ledger.was_beyond_retry(&failed(2300, 5_000, "closed before the greeting")), "before the probe");
+        assert!(!ledger.was_beyond_retry(&failed(2311, 5_000, "closed before the greeting")), "the probe was due");
     }
 }

@@ -128,7 +128,12 @@ impl Stage {
         for (cluster, part) in what {
             self.part(cluster, part)?.kill().await?;
         }
-        self.ledger.fault(before, isthmus_runtime::now());
+        let after = isthmus_runtime::now();
+        if what.iter().any(|(_, part)| matches!(part, Part::App(_))) {
+            self.ledger.app_fault(before, after);
+        } else {
+            self.ledger.fault(before, after);
+        }
         Ok(before)
     }
 

@@ -59,6 +59,12 @@ struct Client {
     server: DeltaStream,
     inbox: VecDeque<DeltaDiscoveryResponse>,
     held: BTreeMap<ResourceType, BTreeMap<String, String>>,
+    /// Updated clusters whose endpoints have not come again. Until they have, Envoy does not confirm the update.
+    warming: BTreeSet<String>,
+    /// The confirmation that waits for them.
+    late: Option<DeltaDiscoveryRequest>,
+    /// Every version it ever took.
+    taken: BTreeSet<String>,
     /// Versions that it refuses, with the whole response that has one.
     bad: BTreeSet<String>,
     /// How often it refused a response for each bad version.
@@ -71,6 +77,9 @@ impl Client {
             server: DeltaStream::new(target),
             inbox: VecDeque::new(),
             held: BTreeMap::new(),
+            warming: BTreeSet::new(),
+            late: None,
+            taken: BTreeSet::new(),
             bad: BTreeSet::new(),
             refused: BTreeMap::new(),
         };
@@ -91,6 +100,14 @@ impl Client {
         self.held.get(&kind).is_some_and(|held| held.contains_key(name))
     }
 
+    fn confirm_late(&mut self) {
+        if self.warming.is_empty()
+            && let Some(late) = self.late.take()
+        {
+            self.say(late);
+        }
+    }
+
     /// Takes one response; `false` if there is none.
     fn step(&mut self) -> bool {
         let Some(response) = self.inbox.pop_front() else { return false };
@@ -101,12 +118,23 @@ impl Client {
         }
         if !bad.is_empty() {
             self.say(nack(&response, "bad"));
+            if kind == ResourceType::Endpoints {
+                // Endpoints refused end the wait as endpoints taken do.
+                let all = response.resources.iter().map(|r| &r.name).chain(&response.removed_resources);
+                all.for_each(|name| drop(self.warming.remove(name)));
+                self.confirm_late();
+            }
             return true;
         }
         let mut wanted = ask(ResourceType::Endpoints, &[]);
         let mut dropped = Vec::new();
         for resource in &response.resources {
             let new = !self.holds(kind, &resource.name);
+            match kind {
+                ResourceType::Cluster if !new => drop(self.warming.insert(resource.name.clone())),
+                ResourceType::Endpoints => drop(self.warming.remove(&resource.name)),
+                _ => {}
+            }
             let parent = match kind {
                 ResourceType::Endpoints => Some(ResourceType::Cluster),
                 ResourceType::Route => Some(ResourceType::Listener),
@@ -122,6 +150,7 @@ impl Client {
                 }
             }
             self.held.entry(kind).or_default().insert(resource.name.clone(), resource.version.clone());
+            self.taken.insert(resource.version.clone());
             if new {
                 wanted.resource_names_subscribe.push(resource.name.clone());
             }
@@ -131,9 +160,15 @@ impl Client {
                 assert!(!self.holds(ResourceType::Listener, name), "cluster {name} removed under its listener");
             }
             self.held.entry(kind).or_default().remove(name);
+            self.warming.remove(name);
             dropped.push(name.clone());
         }
-        self.say(ack(&response));
+        if kind == ResourceType::Cluster && !self.warming.is_empty() {
+            self.late = Some(ack(&response));
+        } else {
+            self.say(ack(&response));
+        }
+        self.confirm_late();
         let child = match kind {
             ResourceType::Cluster => ResourceType::Endpoints,
             ResourceType::Listener => ResourceType::Route,
@@ -338,7 +373,11 @@ proptest! {
                 Action::Update(services, bad) => {
                     target = resources(revision, &services);
                     for (name, _) in services.iter().filter(|(_, content)| bad.contains(content)) {
-                        client.bad.insert(target.find(ResourceType::Cluster, name).unwrap().version.clone());
+                        let version = target.find(ResourceType::Cluster, name).unwrap().version.clone();
+                        // What a client took once it takes again.
+                        if !client.taken.contains(&version) {
+                            client.bad.insert(version);
+                        }
                     }
                     client.update(Arc::clone(&target));
                 }
@@ -362,4 +401,28 @@ proptest! {
         });
         prop_assert_eq!(client.server.is_settled(), complete);
     }
+}
+
+#[test]
+fn an_updated_cluster_gets_its_unchanged_endpoints_again_with_the_update() {
+    let with_cluster = |revision, cluster: &str| {
+        let stamp = Stamp { epoch: Epoch(1), revision: Revision(revision) };
+        let mut all = Resources::new(stamp);
+        let message = |text: &str| ClusterLoadAssignment { cluster_name: text.to_owned(), ..Default::default() };
+        all.insert(ResourceType::Cluster, "cart".to_owned(), message(cluster));
+        all.insert(ResourceType::Endpoints, "cart".to_owned(), message("the same"));
+        Arc::new(all)
+    };
+    let mut client = Client::connect(with_cluster(1, "one identity"));
+    while client.step() {}
+    assert!(client.server.is_settled());
+    client.update(with_cluster(2, "two identities"));
+    let kinds: Vec<_> = client.inbox.iter().map(|r| r.type_url.clone()).collect();
+    assert_eq!(
+        kinds,
+        [ResourceType::Cluster.url(), ResourceType::Endpoints.url()],
+        "without waiting for a confirmation"
+    );
+    while client.step() {}
+    assert!(client.warming.is_empty() && client.server.is_settled());
 }
