@@ -6,6 +6,12 @@ CARGO ?= cargo
 STAY ?=
 WHAT ?=
 
+# Integration tests by file, so that a new one is never forgotten. Always with --workspace: a part alone would be built with
+# other features, that is, twice.
+targets = $(foreach file,$(1),--test $(basename $(notdir $(file))))
+E2E_TESTS := $(wildcard e2e/tests/*.rs)
+UNIT_TESTS := $(filter-out $(E2E_TESTS),$(wildcard */tests/*.rs libs/*/tests/*.rs))
+
 .PHONY: help demo test check lint unit e2e envoy tools build fmt clean
 
 help: ## This list
@@ -17,12 +23,12 @@ demo: tools envoy build ## Three clusters on this machine, real Envoy, the failo
 test: tools envoy ## Everything CI runs: formatting, lints, unit, property and end-to-end tests
 	@$(MAKE) --no-print-directory lint
 	@echo "== unit and property tests"
-	@$(CARGO) test --workspace --exclude isthmus-e2e
+	@$(CARGO) test --workspace --locked --lib --bins $(call targets,$(UNIT_TESTS))
 	@$(MAKE) --no-print-directory e2e
 
-check: ## The fast inner loop: formatting, lints, unit tests of the pure crates
+check: ## The fast inner loop: formatting, lints, unit tests
 	@$(MAKE) --no-print-directory lint
-	@$(CARGO) test -q -p isthmus-model -p isthmus-api
+	@$(CARGO) test --workspace --locked -q --lib
 
 lint: ## Formatting and clippy, warnings denied
 	@echo "== formatting"
@@ -32,7 +38,7 @@ lint: ## Formatting and clippy, warnings denied
 
 e2e: tools envoy build ## End-to-end tests with real processes (WHAT=name for one suite)
 	@echo "== end-to-end tests"
-	@$(CARGO) test -p isthmus-e2e $(if $(WHAT),--test $(WHAT)) -- --nocapture --test-threads=1
+	@$(CARGO) test --workspace --locked $(if $(WHAT),--test $(WHAT),$(call targets,$(E2E_TESTS))) -- --nocapture --test-threads=1
 
 build: ## All programs, debug
 	@echo "== build"

@@ -6,9 +6,12 @@
 //! - A resource is sent when the client subscribes to it and does not hold that version. What a reconnecting client says it
 //!   holds counts as held.
 //! - After a refusal (NACK) the client keeps its last good version and the refused one is not sent again unless asked
-//!   ([`DeltaStream::retry_rejected`]). A refused batch does not say which member was bad, so its members follow one by one.
-//! - A first wildcard request is always answered, if with nothing; a subscribed name that does not exist is answered as
-//!   removed.
+//!   ([`DeltaStream::retry_rejected`], or the client waits for it). A refused batch does not say which member was bad, so its
+//!   members follow one by one.
+//! - A first wildcard request is always answered, if with nothing. A name that the client waits for is always answered: with
+//!   the resource or, if there is none (any more), as removed.
+//! - An updated cluster's endpoints follow it in the same breath, changed or not: Envoy neither uses nor confirms the update
+//!   before it has them, and it does not ask for them.
 //!
 //! It neither knows who the client is nor what the resources mean.
 
@@ -33,6 +36,8 @@ mod tests;
 const BATCH: usize = 100;
 /// The name that stands for "all".
 const WILDCARD: &str = "*";
+/// Stands for a version that is not known. No resource has it.
+const UNSURE: &str = "";
 /// Subscribed names kept per type. Envoy asks only for what it was told of, so more is a broken or hostile client.
 const MAX_NAMES: usize = 20_000;
 
@@ -70,9 +75,9 @@ struct Subscription {
     names: BTreeSet<String>,
     /// The first wildcard request awaits its answer.
     unanswered: bool,
-    /// Subscribed, but not known: awaits the answer "removed".
-    absent: BTreeSet<String>,
-    /// Versions that the client has confirmed.
+    /// Names that the client waits for, whatever it was sent before: each gets one answer, its resource or "removed".
+    awaited: BTreeSet<String>,
+    /// Versions that the client has confirmed and that nothing under way takes from it; [`UNSURE`] if it may have any.
     held: BTreeMap<String, String>,
     /// Version refused, and why.
     rejected: BTreeMap<String, (String, String)>,
@@ -88,7 +93,6 @@ struct InFlight {
     sent: BTreeMap<String, String>,
     /// It had several members, so a refusal does not say whose fault it is.
     batch: bool,
-    removed: Vec<String>,
 }
 
 impl DeltaStream {
@@ -101,26 +105,7 @@ impl DeltaStream {
     pub fn update(&mut self, target: Arc<Resources>) -> Vec<DeltaDiscoveryResponse> {
         self.target = target;
         self.impatient = false;
-        self.release_withdrawn();
         self.respond()
-    }
-
-    /// A cluster whose update is under way and which is now withdrawn warms up for endpoints that will not come: the client
-    /// hears that they are gone, else it would neither confirm the update nor take the removal.
-    fn release_withdrawn(&mut self) {
-        let updating: Vec<_> = self
-            .types
-            .get(&ResourceType::Cluster)
-            .and_then(|c| c.in_flight.as_ref())
-            .map_or_else(Vec::new, |in_flight| in_flight.sent.keys().cloned().collect());
-        if let Some(endpoints) = self.types.get_mut(&ResourceType::Endpoints) {
-            for name in updating {
-                if endpoints.names.contains(&name) && self.target.find(ResourceType::Endpoints, &name).is_none() {
-                    endpoints.held.remove(&name);
-                    endpoints.absent.insert(name);
-                }
-            }
-        }
     }
 
     /// The client spoke. Types that are not served get no answer.
@@ -128,6 +113,7 @@ impl DeltaStream {
         let Some(kind) = ResourceType::from_url(&request.type_url) else { return Ok(Vec::new()) };
         let target = &self.target;
         let first = !self.types.contains_key(&kind);
+        let updating = self.clusters_under_way();
         let subscription = self.types.entry(kind).or_default();
         if first {
             // Envoy's habit: listeners and clusters without names mean all of them.
@@ -136,6 +122,10 @@ impl DeltaStream {
             subscription.wildcard = by_habit;
             subscription.unanswered = by_habit;
             subscription.held = request.initial_resource_versions.into_iter().take(MAX_NAMES).collect();
+            if kind == ResourceType::Endpoints {
+                // Said before the client saw the clusters, which make it wait for these anew.
+                updating.iter().for_each(|name| drop(subscription.held.remove(name)));
+            }
         } else if !request.response_nonce.is_empty() {
             subscription.settle(&request.response_nonce, request.error_detail.map(|status| status.message));
         }
@@ -208,6 +198,9 @@ impl DeltaStream {
     }
 
     fn respond(&mut self) -> Vec<DeltaDiscoveryResponse> {
+        for (kind, subscription) in &mut self.types {
+            subscription.forget_outdated(*kind, &self.target);
+        }
         let mut responses = Vec::new();
         for kind in [
             ResourceType::Cluster,
@@ -216,8 +209,12 @@ impl DeltaStream {
             ResourceType::Route,
             ResourceType::Secret,
         ] {
-            let early = matches!(kind, ResourceType::Listener | ResourceType::Route);
-            if early && !self.clusters_are_made() {
+            let early = match kind {
+                ResourceType::Cluster => !self.endpoints_can_follow(),
+                ResourceType::Listener | ResourceType::Route => !self.clusters_are_made(),
+                _ => false,
+            };
+            if early && !self.impatient {
                 continue;
             }
             responses.extend(self.next(kind, Step::Make));
@@ -242,28 +239,37 @@ impl DeltaStream {
     /// Clusters and their endpoints are with the client, or refused, so that nothing new can point into the void.
     fn clusters_are_made(&self) -> bool {
         let Some(clusters) = self.types.get(&ResourceType::Cluster) else { return true };
-        if self.impatient {
-            return true;
-        }
         let empty = Subscription::default();
         let endpoints = self.types.get(&ResourceType::Endpoints).unwrap_or(&empty);
         clusters.is_made(ResourceType::Cluster, &self.target)
             && self.target.of(ResourceType::Endpoints).all(|(name, r)| {
-                clusters.rejected.contains_key(name)
-                    || endpoints.rejected.contains_key(name)
+                // Only refusals of what is to be now count; an older one may still be on the books.
+                self.target.find(ResourceType::Cluster, name).is_some_and(|c| clusters.refuses(name, c))
+                    || endpoints.refuses(name, r)
                     || endpoints.held.get(name) == Some(&r.version)
             })
     }
 
+    /// The endpoints of a whole batch of clusters would go out at once. Otherwise a cluster could be withdrawn between its
+    /// update and its endpoints, and Envoy would go over to a cluster without any.
+    fn endpoints_can_follow(&self) -> bool {
+        self.types
+            .get(&ResourceType::Endpoints)
+            .is_none_or(|e| e.in_flight.is_none() && e.awaited.is_empty() && e.suspects.is_empty())
+    }
+
+    fn clusters_under_way(&self) -> Vec<String> {
+        let in_flight = self.types.get(&ResourceType::Cluster).and_then(|clusters| clusters.in_flight.as_ref());
+        in_flight.map_or_else(Vec::new, |in_flight| in_flight.sent.keys().cloned().collect())
+    }
+
     /// A cluster that Envoy updates warms up until its endpoints come again. It does not ask for them (the subscription,
     /// shared with the cluster's old self, stands already), and it confirms the update only once it is warm.
-    fn endpoints_again(&mut self, clusters: impl Iterator<Item = String>) {
+    fn endpoints_again(&mut self) {
+        let updating = self.clusters_under_way();
         let Some(endpoints) = self.types.get_mut(&ResourceType::Endpoints) else { return };
-        for name in clusters {
-            endpoints.held.remove(&name);
-            if let Some(in_flight) = &mut endpoints.in_flight {
-                in_flight.sent.remove(&name);
-            }
+        for name in updating.into_iter().filter(|name| endpoints.names.contains(name)).collect::<Vec<_>>() {
+            endpoints.expect(name);
         }
     }
 
@@ -273,15 +279,23 @@ impl DeltaStream {
         if subscription.in_flight.is_some() {
             return None;
         }
-        let (resources, removed) = match step {
-            Step::Make => (subscription.batch(kind, &target), std::mem::take(&mut subscription.absent)),
-            Step::Break => (Vec::new(), subscription.gone(kind, &target)),
+        let (resources, removed, owed) = match step {
+            Step::Make => (
+                subscription.batch(kind, &target),
+                subscription.awaited.iter().filter(|name| target.find(kind, name).is_none()).cloned().collect(),
+                std::mem::take(&mut subscription.unanswered),
+            ),
+            Step::Break => (Vec::new(), subscription.gone(kind, &target), false),
         };
-        // The name may have come into being since it was asked for.
-        let removed: Vec<_> = removed.into_iter().filter(|name| target.find(kind, name).is_none()).collect();
-        let owed = matches!(step, Step::Make) && std::mem::take(&mut subscription.unanswered);
         if resources.is_empty() && removed.is_empty() && !owed {
             return None;
+        }
+        for name in resources.iter().map(|(name, _)| name).chain(&removed) {
+            subscription.awaited.remove(name);
+            subscription.suspects.remove(name);
+        }
+        for name in &removed {
+            subscription.held.remove(name);
         }
         self.nonces += 1;
         let nonce = self.nonces.to_string();
@@ -289,16 +303,15 @@ impl DeltaStream {
             nonce: nonce.clone(),
             sent: resources.iter().map(|(name, r)| (name.clone(), r.version.clone())).collect(),
             batch: resources.len() > 1,
-            removed: removed.clone(),
         });
         if kind == ResourceType::Cluster {
-            self.endpoints_again(resources.iter().map(|(name, _)| name.clone()));
+            self.endpoints_again();
         }
         Some(DeltaDiscoveryResponse {
             system_version_info: target.stamp.to_string(),
             type_url: kind.url().to_owned(),
             nonce,
-            removed_resources: removed,
+            removed_resources: removed.into_iter().collect(),
             resources: resources.into_iter().map(|(name, r)| wire(name, r)).collect(),
             ..Default::default()
         })
@@ -322,17 +335,20 @@ impl Subscription {
             self.wildcard = true;
             return;
         }
-        if !first {
-            // Asking again means that the client has dropped what it had, even if that is still on its way.
-            self.held.remove(&name);
-            if let Some(in_flight) = &mut self.in_flight {
-                in_flight.sent.remove(&name);
-            }
+        self.names.insert(name.clone());
+        // Asking again means that the client has dropped what it had, even if that is still on its way.
+        if !(first && known && self.held.contains_key(&name)) {
+            self.expect(name);
         }
-        if !known {
-            self.absent.insert(name.clone());
+    }
+
+    /// The client waits for this, and what it has or is about to get does not count.
+    fn expect(&mut self, name: String) {
+        self.held.remove(&name);
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.sent.remove(&name);
         }
-        self.names.insert(name);
+        self.awaited.insert(name);
     }
 
     fn unsubscribe(&mut self, name: &str) {
@@ -342,7 +358,7 @@ impl Subscription {
             return;
         }
         self.names.remove(name);
-        self.absent.remove(name);
+        self.awaited.remove(name);
         if self.wildcard {
             return;
         }
@@ -357,10 +373,7 @@ impl Subscription {
     /// Takes the answer to the response under way; answers to older ones say nothing new.
     fn settle(&mut self, nonce: &str, refused: Option<String>) {
         let Some(done) = self.in_flight.take_if(|f| f.nonce == nonce) else { return };
-        // A removal cannot be refused in a way that repeating it would mend.
-        for name in done.removed {
-            self.held.remove(&name);
-        }
+        // A removal cannot be refused in a way that repeating it would mend, so it counts from the moment it is sent.
         match refused {
             None => {
                 for (name, version) in done.sent {
@@ -368,36 +381,48 @@ impl Subscription {
                     self.held.insert(name, version);
                 }
             }
-            Some(_) if done.batch => self.suspects.extend(done.sent.into_keys()),
+            Some(_) if done.batch => {
+                for name in done.sent.into_keys() {
+                    // Envoy keeps the good members, but does not say which.
+                    self.held.insert(name.clone(), UNSURE.to_owned());
+                    self.suspects.insert(name);
+                }
+            }
             Some(detail) => {
                 self.rejected.extend(done.sent.into_iter().map(|(name, version)| (name, (version, detail.clone()))));
             }
         }
     }
 
-    fn is_due(&self, name: &str, resource: &Resource) -> bool {
-        self.wants(name)
-            && self.held.get(name) != Some(&resource.version)
-            && self.rejected.get(name).is_none_or(|(version, _)| *version != resource.version)
+    fn refuses(&self, name: &str, resource: &Resource) -> bool {
+        self.rejected.get(name).is_some_and(|(version, _)| *version == resource.version)
     }
 
-    /// What to send next: the bulk first, then suspects one at a time.
-    fn batch(&mut self, kind: ResourceType, target: &Resources) -> Vec<(String, Resource)> {
-        self.suspects.retain(|name| target.find(kind, name).is_some_and(|r| self.held.get(name) != Some(&r.version)));
+    fn is_due(&self, name: &str, resource: &Resource) -> bool {
+        let has = self.held.get(name) == Some(&resource.version);
+        let refused = self.rejected.get(name).is_some_and(|(version, _)| *version == resource.version);
+        self.wants(name) && (self.awaited.contains(name) || !has && !refused)
+    }
+
+    /// Drops what is remembered of versions that are no longer to be sent.
+    fn forget_outdated(&mut self, kind: ResourceType, target: &Resources) {
         self.rejected.retain(|name, (version, _)| target.find(kind, name).is_some_and(|r| r.version == *version));
+        let mut suspects = std::mem::take(&mut self.suspects);
+        suspects.retain(|name| target.find(kind, name).is_some_and(|r| self.is_due(name, r)));
+        self.suspects = suspects;
+    }
+
+    /// What to send next: the bulk first, in it what is waited for, then suspects one at a time.
+    fn batch(&self, kind: ResourceType, target: &Resources) -> Vec<(String, Resource)> {
         let due = || target.of(kind).filter(|(name, r)| self.is_due(name, r));
-        let mut batch: Vec<_> = due()
-            .filter(|(name, _)| !self.suspects.contains(*name))
-            .take(BATCH)
-            .map(|(name, r)| (name.to_owned(), r.clone()))
-            .collect();
+        let bulk = || due().filter(|(name, _)| !self.suspects.contains(*name));
+        let awaited = bulk().filter(|(name, _)| self.awaited.contains(*name));
+        let others = bulk().filter(|(name, _)| !self.awaited.contains(*name));
+        let mut batch: Vec<_> = awaited.chain(others).take(BATCH).collect();
         if batch.is_empty() {
-            batch.extend(due().next().map(|(name, r)| (name.to_owned(), r.clone())));
-            for (name, _) in &batch {
-                self.suspects.remove(name);
-            }
+            batch.extend(due().next());
         }
-        batch
+        batch.into_iter().map(|(name, r)| (name.to_owned(), r.clone())).collect()
     }
 
     fn gone(&self, kind: ResourceType, target: &Resources) -> BTreeSet<String> {

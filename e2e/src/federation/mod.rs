@@ -66,10 +66,8 @@ impl Federation {
         let layout = ControlPlaneLayout::new(base);
         let config = dir.join("global-cp.yaml");
         std::fs::write(&config, layout.config(&dir.join("global-cp"), hold_down)).context("write the configuration")?;
-        let mut control_plane = Process::new("global-cp", &binaries.global_cp, &dir)
-            .arg("--config")
-            .arg(&config)
-            .health(layout.health);
+        let mut control_plane =
+            Process::new("global-cp", &binaries.global_cp, &dir).arg("--config").arg(&config).health(layout.health);
         control_plane.start()?;
         control_plane.ready(START_DEADLINE).await?;
         let ctl = Isthmusctl::new(&binaries.isthmusctl, &dir.join("global-cp/admin/context.yaml"));

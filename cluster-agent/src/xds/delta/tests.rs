@@ -59,10 +59,16 @@ struct Client {
     server: DeltaStream,
     inbox: VecDeque<DeltaDiscoveryResponse>,
     held: BTreeMap<ResourceType, BTreeMap<String, String>>,
-    /// Updated clusters whose endpoints have not come again. Until they have, Envoy does not confirm the update.
+    /// New and updated clusters whose endpoints have not come (again).
     warming: BTreeSet<String>,
-    /// The confirmation that waits for them.
+    /// Its first clusters were all warm once: from now on it does not answer a cluster response until it is warm.
+    started: bool,
+    /// The answer that waits for that.
     late: Option<DeltaDiscoveryRequest>,
+    /// It answers before it asks for what the answered made it want, rather than after.
+    answers_first: bool,
+    /// It takes the good members of a response that it refuses.
+    takes_the_good: bool,
     /// Every version it ever took.
     taken: BTreeSet<String>,
     /// Versions that it refuses, with the whole response that has one.
@@ -78,7 +84,10 @@ impl Client {
             inbox: VecDeque::new(),
             held: BTreeMap::new(),
             warming: BTreeSet::new(),
+            started: false,
             late: None,
+            answers_first: false,
+            takes_the_good: true,
             taken: BTreeSet::new(),
             bad: BTreeSet::new(),
             refused: BTreeMap::new(),
@@ -100,8 +109,18 @@ impl Client {
         self.held.get(&kind).is_some_and(|held| held.contains_key(name))
     }
 
-    fn confirm_late(&mut self) {
-        if self.warming.is_empty()
+    /// Answers a response; those about clusters only when all clusters are warm.
+    fn answer(&mut self, request: DeltaDiscoveryRequest) {
+        if request.type_url == ResourceType::Cluster.url() {
+            self.late = Some(request);
+        } else {
+            self.say(request);
+        }
+        self.answer_late();
+    }
+
+    fn answer_late(&mut self) {
+        if (self.warming.is_empty() || !self.started)
             && let Some(late) = self.late.take()
         {
             self.say(late);
@@ -112,77 +131,92 @@ impl Client {
     fn step(&mut self) -> bool {
         let Some(response) = self.inbox.pop_front() else { return false };
         let kind = ResourceType::from_url(&response.type_url).unwrap();
-        let bad: Vec<_> = response.resources.iter().filter(|r| self.bad.contains(&r.version)).collect();
+        let (bad, good): (Vec<_>, Vec<_>) =
+            response.resources.iter().partition(|resource| self.bad.contains(&resource.version));
         for resource in &bad {
             *self.refused.entry((kind, resource.version.clone())).or_default() += 1;
         }
-        if !bad.is_empty() {
-            self.say(nack(&response, "bad"));
-            if kind == ResourceType::Endpoints {
-                // Endpoints refused end the wait as endpoints taken do.
-                let all = response.resources.iter().map(|r| &r.name).chain(&response.removed_resources);
-                all.for_each(|name| drop(self.warming.remove(name)));
-                self.confirm_late();
-            }
-            return true;
-        }
-        let mut wanted = ask(ResourceType::Endpoints, &[]);
-        let mut dropped = Vec::new();
-        for resource in &response.resources {
-            let new = !self.holds(kind, &resource.name);
-            match kind {
-                ResourceType::Cluster if !new => drop(self.warming.insert(resource.name.clone())),
-                ResourceType::Endpoints => drop(self.warming.remove(&resource.name)),
-                _ => {}
-            }
-            let parent = match kind {
-                ResourceType::Endpoints => Some(ResourceType::Cluster),
-                ResourceType::Route => Some(ResourceType::Listener),
-                _ => None,
-            };
-            if parent.is_some_and(|parent| !self.holds(parent, &resource.name)) {
-                // Unsubscribed while it was on its way: nobody is there to take it.
-                continue;
-            }
-            if kind == ResourceType::Listener {
-                for needed in [ResourceType::Cluster, ResourceType::Endpoints] {
-                    assert!(self.holds(needed, &resource.name), "listener before {needed:?} of {}", resource.name);
-                }
-            }
-            self.held.entry(kind).or_default().insert(resource.name.clone(), resource.version.clone());
-            self.taken.insert(resource.version.clone());
-            if new {
-                wanted.resource_names_subscribe.push(resource.name.clone());
+        let answer = if bad.is_empty() { ack(&response) } else { nack(&response, "bad") };
+        let (subscribe, unsubscribe) = if bad.is_empty() || self.takes_the_good {
+            (
+                good.into_iter().filter(|r| self.take(kind, r)).map(|r| r.name.clone()).collect(),
+                self.drop_removed(&response),
+            )
+        } else {
+            (Vec::new(), Vec::new())
+        };
+        if kind == ResourceType::Endpoints {
+            // Endpoints refused or gone end the wait as endpoints taken do.
+            for name in response.resources.iter().map(|r| &r.name).chain(&response.removed_resources) {
+                self.warming.remove(name);
             }
         }
+        let child = match kind {
+            ResourceType::Cluster => Some(ResourceType::Endpoints),
+            ResourceType::Listener => Some(ResourceType::Route),
+            _ => None,
+        };
+        let wanted = child.filter(|_| !subscribe.is_empty() || !unsubscribe.is_empty()).map(|child| {
+            for name in &unsubscribe {
+                self.held.entry(child).or_default().remove(name);
+            }
+            DeltaDiscoveryRequest {
+                resource_names_subscribe: subscribe,
+                resource_names_unsubscribe: unsubscribe,
+                ..ask(child, &[])
+            }
+        });
+        if self.answers_first {
+            self.answer(answer);
+            wanted.into_iter().for_each(|wanted| self.say(wanted));
+        } else {
+            wanted.into_iter().for_each(|wanted| self.say(wanted));
+            self.answer(answer);
+        }
+        self.started |= self.warming.is_empty() && self.held.contains_key(&ResourceType::Cluster);
+        self.answer_late();
+        true
+    }
+
+    /// Takes a good resource; `true` if it is the first of that name.
+    fn take(&mut self, kind: ResourceType, resource: &WireResource) -> bool {
+        let (name, version) = (&resource.name, &resource.version);
+        let parent = match kind {
+            ResourceType::Endpoints => Some(ResourceType::Cluster),
+            ResourceType::Route => Some(ResourceType::Listener),
+            _ => None,
+        };
+        if parent.is_some_and(|parent| !self.holds(parent, name)) {
+            // Unsubscribed while it was on its way: nobody is there to take it.
+            return false;
+        }
+        if kind == ResourceType::Listener {
+            for needed in [ResourceType::Cluster, ResourceType::Endpoints] {
+                assert!(self.holds(needed, name), "listener before {needed:?} of {name}");
+            }
+            assert!(!self.warming.contains(name), "listener before {name} is warm");
+        }
+        self.taken.insert(version.clone());
+        let old = self.held.entry(kind).or_default().insert(name.clone(), version.clone());
+        if kind == ResourceType::Cluster && old.as_ref() != Some(version) {
+            self.warming.insert(name.clone());
+        }
+        old.is_none()
+    }
+
+    fn drop_removed(&mut self, response: &DeltaDiscoveryResponse) -> Vec<String> {
+        let kind = ResourceType::from_url(&response.type_url).unwrap();
         for name in &response.removed_resources {
             if kind == ResourceType::Cluster {
                 assert!(!self.holds(ResourceType::Listener, name), "cluster {name} removed under its listener");
+                self.warming.remove(name);
+            }
+            if kind == ResourceType::Endpoints && self.holds(ResourceType::Listener, name) {
+                assert!(!self.warming.contains(name), "cluster {name} emptied under its listener");
             }
             self.held.entry(kind).or_default().remove(name);
-            self.warming.remove(name);
-            dropped.push(name.clone());
         }
-        if kind == ResourceType::Cluster && !self.warming.is_empty() {
-            self.late = Some(ack(&response));
-        } else {
-            self.say(ack(&response));
-        }
-        self.confirm_late();
-        let child = match kind {
-            ResourceType::Cluster => ResourceType::Endpoints,
-            ResourceType::Listener => ResourceType::Route,
-            _ => return true,
-        };
-        for name in &dropped {
-            self.held.entry(child).or_default().remove(name);
-        }
-        wanted.type_url = child.url().to_owned();
-        wanted.resource_names_unsubscribe = dropped;
-        if !wanted.resource_names_subscribe.is_empty() || !wanted.resource_names_unsubscribe.is_empty() {
-            self.say(wanted);
-        }
-        true
+        response.removed_resources.clone()
     }
 
     fn run(&mut self) {
@@ -347,6 +381,110 @@ fn large_configurations_come_in_batches() {
     client.assert_holds(&target);
 }
 
+/// One service, whose clusters and endpoints change apart from each other.
+fn cart(revision: u64, cluster: &str, endpoints: &str) -> Arc<Resources> {
+    let mut all = Resources::new(Stamp { epoch: Epoch(1), revision: Revision(revision) });
+    for (kind, text) in [(ResourceType::Cluster, cluster), (ResourceType::Endpoints, endpoints)] {
+        let message = ClusterLoadAssignment { cluster_name: text.to_owned(), ..Default::default() };
+        all.insert(kind, "cart".to_owned(), message);
+    }
+    Arc::new(all)
+}
+
+fn kinds<'a>(responses: impl IntoIterator<Item = &'a DeltaDiscoveryResponse>) -> Vec<ResourceType> {
+    responses.into_iter().map(|r| ResourceType::from_url(&r.type_url).unwrap()).collect()
+}
+
+#[test]
+fn an_updated_cluster_gets_its_unchanged_endpoints_again_with_the_update() {
+    let mut client = Client::connect(cart(1, "one identity", "the same"));
+    client.run();
+    assert!(client.server.is_settled());
+    client.update(cart(2, "two identities", "the same"));
+    let without_waiting = [ResourceType::Cluster, ResourceType::Endpoints];
+    assert_eq!(kinds(&client.inbox), without_waiting);
+    client.run();
+    assert!(client.late.is_none() && client.server.is_settled());
+}
+
+#[test]
+fn a_cluster_is_not_updated_before_its_endpoints_can_follow() {
+    let mut client = Client::connect(cart(1, "old", "old"));
+    client.run();
+    client.update(cart(2, "old", "new"));
+    client.update(cart(3, "new", "new"));
+    assert_eq!(kinds(&client.inbox), [ResourceType::Endpoints]);
+    client.step();
+    assert_eq!(kinds(&client.inbox), [ResourceType::Cluster, ResourceType::Endpoints]);
+}
+
+#[test]
+fn refused_endpoints_come_once_more_for_an_updated_cluster_which_waits_for_them() {
+    let mut client = Client::connect(cart(1, "old", "good"));
+    client.run();
+    let bad = cart(2, "old", "bad");
+    client.bad.insert(bad.find(ResourceType::Endpoints, "cart").unwrap().version.clone());
+    client.update(bad);
+    client.run();
+    client.update(cart(3, "new", "bad"));
+    client.run();
+    assert!(client.late.is_none());
+    assert_eq!(client.refused.values().collect::<Vec<_>>(), [&2]);
+}
+
+#[test]
+fn endpoints_that_a_reconnecting_client_holds_come_again_if_their_cluster_is_updated() {
+    let old = cart(1, "old", "the same");
+    let mut server = DeltaStream::new(cart(2, "new", "the same"));
+    for kind in [ResourceType::Cluster, ResourceType::Endpoints] {
+        let names: &[_] = if kind == ResourceType::Cluster { &[] } else { &["cart"] };
+        let held = old.of(kind).map(|(name, r)| (name.to_owned(), r.version.clone())).collect();
+        let request = DeltaDiscoveryRequest { initial_resource_versions: held, ..ask(kind, names) };
+        assert_eq!(kinds(&server.request(request).unwrap()), [kind]);
+    }
+}
+
+#[test]
+fn a_service_that_returns_while_its_removal_is_under_way_gets_its_listener_last() {
+    let target = resources(1, &services(&[("a", 1)]));
+    let mut client = Client::connect(Arc::clone(&target));
+    client.run();
+    client.answers_first = true;
+    client.update(resources(2, &Services::new()));
+    // The listener's removal, then the cluster's. That of the endpoints is on its way when they are back.
+    client.step();
+    client.step();
+    client.update(Arc::clone(&target));
+    client.run();
+    client.assert_holds(&target);
+}
+
+#[test]
+fn a_cluster_withdrawn_before_its_endpoints_were_sent_does_not_wait_for_them() {
+    let mut client = Client::connect(resources(1, &services(&[("a", 1)])));
+    client.run();
+    client.update(resources(2, &services(&[("a", 2), ("b", 1)])));
+    // Asks for the endpoints of b while those of a are under way.
+    client.step();
+    let without = resources(3, &services(&[("a", 2)]));
+    client.update(Arc::clone(&without));
+    client.run();
+    assert!(client.late.is_none() && client.server.is_settled());
+    client.assert_holds(&without);
+}
+
+#[test]
+fn what_a_client_kept_of_a_refused_batch_is_removed_with_the_rest() {
+    let target = resources(1, &services(&[("a", 1), ("b", 1), ("c", 2)]));
+    let empty = resources(2, &Services::new());
+    let mut client = Client::connect(Arc::clone(&target));
+    client.bad.insert(target.find(ResourceType::Cluster, "c").unwrap().version.clone());
+    client.step();
+    client.update(Arc::clone(&empty));
+    client.run();
+    client.assert_holds(&empty);
+}
+
 #[derive(Clone, Debug)]
 enum Action {
     Update(Services, Vec<u32>),
@@ -363,11 +501,17 @@ fn action() -> impl Strategy<Value = Action> {
 
 proptest! {
     /// However updates, answers and refusals interleave: the order holds (asserted in the client), the stream comes to rest,
-    /// the client then has everything it did not refuse, and nothing refused comes more than once alone and once in a batch.
+    /// the client then waits for nothing and has everything it did not refuse.
     #[test]
-    fn any_interleaving_ends_with_the_client_holding_what_it_accepts(actions in prop::collection::vec(action(), 1..30)) {
+    fn any_interleaving_ends_with_the_client_holding_what_it_accepts(
+        actions in prop::collection::vec(action(), 1..30),
+        answers_first: bool,
+        takes_the_good: bool,
+    ) {
         let mut target = resources(0, &Services::new());
         let mut client = Client::connect(Arc::clone(&target));
+        client.answers_first = answers_first;
+        client.takes_the_good = takes_the_good;
         for (revision, action) in (1..).zip(actions) {
             match action {
                 Action::Update(services, bad) => {
@@ -385,6 +529,7 @@ proptest! {
             }
         }
         client.run();
+        prop_assert!(client.late.is_none(), "{:?} wait for their endpoints", client.warming);
         for kind in ResourceType::ADS {
             for (name, resource) in target.of(kind) {
                 let held = client.held.get(&kind).and_then(|held| held.get(name));
@@ -401,28 +546,4 @@ proptest! {
         });
         prop_assert_eq!(client.server.is_settled(), complete);
     }
-}
-
-#[test]
-fn an_updated_cluster_gets_its_unchanged_endpoints_again_with_the_update() {
-    let with_cluster = |revision, cluster: &str| {
-        let stamp = Stamp { epoch: Epoch(1), revision: Revision(revision) };
-        let mut all = Resources::new(stamp);
-        let message = |text: &str| ClusterLoadAssignment { cluster_name: text.to_owned(), ..Default::default() };
-        all.insert(ResourceType::Cluster, "cart".to_owned(), message(cluster));
-        all.insert(ResourceType::Endpoints, "cart".to_owned(), message("the same"));
-        Arc::new(all)
-    };
-    let mut client = Client::connect(with_cluster(1, "one identity"));
-    while client.step() {}
-    assert!(client.server.is_settled());
-    client.update(with_cluster(2, "two identities"));
-    let kinds: Vec<_> = client.inbox.iter().map(|r| r.type_url.clone()).collect();
-    assert_eq!(
-        kinds,
-        [ResourceType::Cluster.url(), ResourceType::Endpoints.url()],
-        "without waiting for a confirmation"
-    );
-    while client.step() {}
-    assert!(client.warming.is_empty() && client.server.is_settled());
 }
