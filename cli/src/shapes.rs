@@ -1,11 +1,6 @@
 //! The admin REST's answers, as far as this program reads them. Unknown fields are ignored, so that an older
 //! `isthmusctl` can look at a newer control plane.
 
-use isthmus_model::{
-    availability::{Availability, Observations},
-    ids::{ClusterName, ServiceName},
-    time::Timestamp,
-};
 use serde::{Deserialize, Serialize};
 
 /// `GET /v1/status`.
@@ -74,15 +69,6 @@ pub(crate) struct Stamp {
     pub(crate) revision: u64,
 }
 
-/// One entry of `GET /v1/availability/{cluster}`.
-#[derive(Clone, Debug, Deserialize)]
-pub(crate) struct Reported {
-    pub(crate) service: ServiceName,
-    pub(crate) cluster: ClusterName,
-    #[serde(flatten)]
-    pub(crate) current: Availability,
-}
-
 /// `POST /v1/clusters/{name}/join-token`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -130,13 +116,4 @@ impl Cluster {
     pub(crate) fn is_connected(&self) -> bool {
         self.session.is_some_and(|s| s.connected)
     }
-}
-
-/// The reports as evidence for the choice. When each cluster recovered is not reported, so no hold-down shows.
-pub(crate) fn observations(reports: &[Reported], now: Timestamp) -> Observations {
-    let mut observed = Observations::default();
-    for report in reports {
-        observed.observe(&report.service, &report.cluster, report.current, now);
-    }
-    observed
 }

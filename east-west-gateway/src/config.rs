@@ -154,7 +154,7 @@ impl Default for IngressConfig {
             hello_timeout: Duration::from_secs(5),
             max_hello_bytes: 16 * 1024,
             attempt_timeout: Duration::from_secs(1),
-            pinned_timeout: Duration::from_millis(2_500),
+            pinned_timeout: Duration::from_millis(1_400),
             max_attempts: 6,
             max_connections: 20_000,
             max_pending_hellos: 4_096,

@@ -7,7 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use isthmus_model::{
-    availability::{Availability, Observation, Observations, Report},
+    availability::{Availability, Observations, Report},
     failover::{self, Candidate},
     global::{GlobalService, GlobalSnapshot},
     ids::{ClusterName, ServiceName},
@@ -102,14 +102,7 @@ impl Observed {
 
     /// All that is known of remote clusters.
     pub(crate) fn report(&self) -> Vec<Report> {
-        let known = self.lock();
-        let remote = known.iter().filter(|(_, cluster, _)| **cluster != self.own);
-        let report = |(service, cluster, observation): (&ServiceName, &ClusterName, &Observation)| Report {
-            service: service.clone(),
-            cluster: cluster.clone(),
-            current: observation.current,
-        };
-        remote.map(report).collect()
+        self.lock().reports().filter(|report| report.cluster != self.own).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Observations> {

@@ -10,9 +10,9 @@ use std::{
 
 use isthmus_api::convert::{ConsumerKind, ConsumerStatus, Problem, Status};
 use isthmus_model::{
-    availability::{Availability, Report},
+    availability::Report,
     global::{ClusterState, GlobalSnapshot},
-    ids::{ClusterName, ServiceName, Stamp},
+    ids::{ClusterName, Stamp},
     time::Timestamp,
 };
 use serde::Serialize;
@@ -31,18 +31,6 @@ struct Entry {
     sessions: usize,
     last_seen: Timestamp,
     report: Arc<Status>,
-}
-
-/// How one cluster's ability to serve one service looks from another.
-#[derive(Clone, Debug, Serialize)]
-pub struct Seen {
-    /// Which service.
-    pub service: ServiceName,
-    /// Served where.
-    pub cluster: ClusterName,
-    /// How well.
-    #[serde(flatten)]
-    pub availability: Availability,
 }
 
 /// One agent's session, for as long as it lives.
@@ -85,7 +73,7 @@ pub struct ClusterStatus {
     session: SessionStatus,
     consumers: Vec<ConsumerView>,
     problems: Vec<Problem>,
-    availability: Vec<Seen>,
+    availability: Vec<Report>,
 }
 
 #[derive(Debug, Serialize)]
@@ -148,7 +136,7 @@ impl StatusStore {
                 session: SessionStatus { connected: entry.sessions > 0, last_seen_ms: entry.last_seen },
                 consumers: entry.report.consumers.iter().map(|c| consumer_view(c, global.stamp)).collect(),
                 problems: entry.report.problems.clone(),
-                availability: entry.report.availability.iter().map(Seen::from).collect(),
+                availability: entry.report.availability.clone(),
             }
         });
         StatusView {
@@ -186,12 +174,6 @@ impl Drop for SessionGuard {
         if let Some(entry) = self.store.lock().get_mut(&self.cluster) {
             entry.sessions = entry.sessions.saturating_sub(1);
         }
-    }
-}
-
-impl From<&Report> for Seen {
-    fn from(report: &Report) -> Self {
-        Self { service: report.service.clone(), cluster: report.cluster.clone(), availability: report.current }
     }
 }
 

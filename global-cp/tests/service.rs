@@ -248,6 +248,7 @@ async fn status_shows_who_is_connected_what_they_applied_and_what_is_wrong() {
             ready: 2,
             total: 3,
             reachable: true,
+            recovered_at_unix_ms: 0,
         }],
         problems: vec![common::Problem {
             at: "cart.yaml:14".to_owned(),

@@ -1,13 +1,12 @@
 //! `isthmusctl explain`: where a service's traffic goes, by the function that decides it in the data path.
 //!
-//! The evidence is what the asking cluster's agent last reported. How long a recovered cluster has been back is not
-//! reported, so a hold-down that is running there shows as ready here; the cluster's own DNS shows it
-//! (`dig TXT _failover.<name>.<namespace>.svc.clusterset.local`).
+//! The evidence is what the asking cluster's agent last reported.
 
 use std::io::Write;
 
 use anyhow::bail;
 use isthmus_model::{
+    availability::Report,
     failover::{self, Candidate},
     global::{GlobalService, GlobalSnapshot},
     ids::{ClusterName, ServiceName},
@@ -18,9 +17,7 @@ use crate::{
     Verdict,
     args::{ExplainArgs, Format},
     client::Client,
-    output,
-    shapes::{Reported, observations},
-    suggest,
+    output, suggest,
     table::Table,
 };
 
@@ -29,10 +26,10 @@ pub(super) async fn run(client: &Client, args: ExplainArgs, out: &mut dyn Write)
     let service = find_service(&global, &args.service)?;
     check_cluster(&global, &args.from)?;
     check_port(service, args.port)?;
-    let reports: Vec<Reported> = client.get(&format!("availability/{}", args.from)).await?;
+    let reports: Vec<Report> = client.get(&format!("availability/{}", args.from)).await?;
 
     let now = now();
-    let candidates = failover::choose(service, args.port, &args.from, &global, &observations(&reports, now), now);
+    let candidates = failover::choose(service, args.port, &args.from, &global, &reports.into_iter().collect(), now);
     match args.format.output {
         Format::Json => output::json(out, &candidates)?,
         Format::Yaml => output::yaml(out, &candidates)?,

@@ -61,7 +61,8 @@ mod tests {
 
     fn said(ready: u8, reachable: bool, silent_since: Option<Timestamp>) -> Said {
         let current = Availability { ready, total: 4, reachable };
-        let report = Report { service: "shop/cart".parse().unwrap(), cluster: "us-west".parse().unwrap(), current };
+        let (service, cluster) = ("shop/cart".parse().unwrap(), "us-west".parse().unwrap());
+        let report = Report { service, cluster, current, recovered_at: None };
         Said { reports: vec![report], silent_since }
     }
 

@@ -284,6 +284,7 @@ impl Agent {
             service: ServiceName::new("shop", service).unwrap(),
             cluster: "us-west".parse().unwrap(),
             current: up,
+            recovered_at: None,
         };
         let report = AvailabilityReport { availability: vec![report("cart"), report("orders")], tunnels: Vec::new() };
         for event in [GatewayEvent::Hello(gateway), GatewayEvent::Report(report)] {

@@ -14,7 +14,6 @@ use isthmus_api::{
     },
 };
 use isthmus_model::{
-    availability::Report,
     global::{GlobalDelta, GlobalSnapshot},
     service::Publication,
 };
@@ -241,11 +240,7 @@ impl Session<'_> {
     fn status(&self) -> isthmus_api::proto::federation::v1::Status {
         let standing = self.uplink.status.standing();
         let view = self.uplink.hub.view.borrow().clone();
-        let reports = view.observations.iter().map(|(service, cluster, o)| Report {
-            service: service.clone(),
-            cluster: cluster.clone(),
-            current: o.current,
-        });
+        let reports = view.observations.reports();
         let agent = ConsumerStatus {
             kind: ConsumerKind::Agent,
             name: "agent".to_owned(),

@@ -32,7 +32,8 @@ use super::{
     wire::{address, ads, boolean, duration, millis, percent, uint},
 };
 
-/// A path on which nothing answers a TLS handshake in this time is another's turn. It spans the gateway's two attempts.
+/// A path on which nothing answers a TLS handshake in this time is another's turn. Longer than the gateway's two attempts
+/// together (its `ingress.pinnedTimeout`).
 const HTTP_CONNECT_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Behind one TCP connection the gateway may try several clusters, each with a deadline of its own.
 const TCP_CONNECT_TIMEOUT: Duration = Duration::from_secs(4);

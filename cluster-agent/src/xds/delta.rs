@@ -243,7 +243,6 @@ impl DeltaStream {
         let endpoints = self.types.get(&ResourceType::Endpoints).unwrap_or(&empty);
         clusters.is_made(ResourceType::Cluster, &self.target)
             && self.target.of(ResourceType::Endpoints).all(|(name, r)| {
-                // Only refusals of what is to be now count; an older one may still be on the books.
                 self.target.find(ResourceType::Cluster, name).is_some_and(|c| clusters.refuses(name, c))
                     || endpoints.refuses(name, r)
                     || endpoints.held.get(name) == Some(&r.version)
@@ -400,8 +399,7 @@ impl Subscription {
 
     fn is_due(&self, name: &str, resource: &Resource) -> bool {
         let has = self.held.get(name) == Some(&resource.version);
-        let refused = self.rejected.get(name).is_some_and(|(version, _)| *version == resource.version);
-        self.wants(name) && (self.awaited.contains(name) || !has && !refused)
+        self.wants(name) && (self.awaited.contains(name) || !has && !self.refuses(name, resource))
     }
 
     /// Drops what is remembered of versions that are no longer to be sent.

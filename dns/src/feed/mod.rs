@@ -290,7 +290,7 @@ async fn accept(
             Ok(Some(stamp))
         }
         dns_update::Kind::Availability(report) => {
-            if let Some(zone) = state.observe(report, Timestamp(isthmus_runtime::now()))? {
+            if let Some(zone) = state.observe(report)? {
                 keep.serve(zone);
             }
             Ok(None)

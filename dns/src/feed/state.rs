@@ -4,7 +4,7 @@
 //! update changes nothing. Holds: the stamp never goes back within an epoch, the federation never changes, and its trust
 //! bundle only by its predecessor's signature.
 
-use std::{collections::BTreeSet, net::Ipv4Addr, sync::Arc};
+use std::{net::Ipv4Addr, sync::Arc};
 
 use ipnet::Ipv4Net;
 use isthmus_api::{
@@ -18,7 +18,6 @@ use isthmus_model::{
     ids::{ClusterName, Stamp, TrustDomain},
     local::LocalEndpoints,
     service::TrustBundle,
-    time::Timestamp,
 };
 
 use crate::{
@@ -111,25 +110,10 @@ impl State {
 
     /// Takes the availability of all services whole: what is not in it is not known any more. Returns the zone if there
     /// is one and its evidence changed.
-    pub(crate) fn observe(
-        &mut self,
-        report: pb::AvailabilityReport,
-        now: Timestamp,
-    ) -> Result<Option<Arc<Zone>>, Refused> {
+    pub(crate) fn observe(&mut self, report: pb::AvailabilityReport) -> Result<Option<Arc<Zone>>, Refused> {
         let report = AvailabilityReport::try_from(report).map_err(Refused::Malformed)?;
-        let mut observed = (*self.observed).clone();
-        let mut changed = false;
-        let told: BTreeSet<_> = report.availability.iter().map(|r| (&r.service, &r.cluster)).collect();
-        for (service, cluster, _) in self.observed.iter() {
-            if !told.contains(&(service, cluster)) {
-                observed.forget(service, cluster);
-                changed = true;
-            }
-        }
-        for entry in &report.availability {
-            changed |= observed.observe(&entry.service, &entry.cluster, entry.current, now);
-        }
-        if !changed {
+        let observed: Observations = report.availability.into_iter().collect();
+        if observed == *self.observed {
             return Ok(None);
         }
         self.observed = Arc::new(observed);
@@ -185,6 +169,7 @@ mod tests {
             ready: *ready,
             total: 2,
             reachable: true,
+            recovered_at_unix_ms: 0,
         };
         pb::AvailabilityReport { availability: entries.iter().map(entry).collect(), tunnels: Vec::new() }
     }
@@ -243,9 +228,9 @@ mod tests {
     fn availability_is_whole_so_what_is_left_out_is_forgotten() {
         let mut state = state();
         state.configure(config(&at(1, 7))).unwrap();
-        assert!(state.observe(report(&[("us-east", 1), ("us-west", 1)]), Timestamp(1)).unwrap().is_some());
-        assert!(state.observe(report(&[("us-east", 1), ("us-west", 1)]), Timestamp(2)).unwrap().is_none());
-        assert!(state.observe(report(&[("us-east", 1)]), Timestamp(3)).unwrap().is_some());
+        assert!(state.observe(report(&[("us-east", 1), ("us-west", 1)])).unwrap().is_some());
+        assert!(state.observe(report(&[("us-east", 1), ("us-west", 1)])).unwrap().is_none());
+        assert!(state.observe(report(&[("us-east", 1)])).unwrap().is_some());
         let service = "shop/cart".parse().unwrap();
         assert!(state.observed.find(&service, &"us-west".parse().unwrap()).is_none());
     }
@@ -253,7 +238,7 @@ mod tests {
     #[test]
     fn availability_before_any_configuration_is_kept_for_it() {
         let mut state = state();
-        assert!(state.observe(report(&[("us-east", 1)]), Timestamp(1)).unwrap().is_none());
+        assert!(state.observe(report(&[("us-east", 1)])).unwrap().is_none());
         state.configure(config(&at(1, 7))).unwrap();
         assert!(state.observed.find(&"shop/cart".parse().unwrap(), &"us-east".parse().unwrap()).is_some());
     }

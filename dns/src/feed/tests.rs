@@ -389,6 +389,7 @@ async fn availability_shows_under_failover() {
         service: "shop/cart".parse().unwrap(),
         cluster: cluster.parse().unwrap(),
         current: Availability { ready, total: 1, reachable: true },
+        recovered_at: None,
     };
     let availability = vec![report("us-east", 0), report("us-west", 1), report("eu-central", 1)];
     let report = AvailabilityReport { availability, tunnels: Vec::new() };

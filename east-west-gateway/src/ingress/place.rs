@@ -105,7 +105,11 @@ impl Placing<'_> {
                 continue;
             }
             let left = match self.route.cluster {
-                Some(_) => config.pinned_timeout.saturating_sub(began.elapsed()).min(config.attempt_timeout),
+                // Both of a pinned port's attempts must fit into what its client allows for a handshake.
+                Some(_) => {
+                    let left = config.pinned_timeout.saturating_sub(began.elapsed());
+                    left.min(config.pinned_timeout / 2).min(config.attempt_timeout)
+                }
                 None => config.attempt_timeout,
             };
             if left.is_zero() {

@@ -88,7 +88,7 @@ impl Outbox {
     }
 }
 
-/// `cluster` stays empty: the certificate says it. `reachable` is the receiver's to judge.
+/// `cluster` stays empty: the certificate says it. `reachable` and the recovery are the receiver's to judge.
 fn entry((service, state): &(ServiceName, Availability)) -> common::Availability {
     common::Availability {
         service: Some(service.into()),
@@ -96,6 +96,7 @@ fn entry((service, state): &(ServiceName, Availability)) -> common::Availability
         ready: state.ready.into(),
         total: state.total.into(),
         reachable: true,
+        recovered_at_unix_ms: 0,
     }
 }
 

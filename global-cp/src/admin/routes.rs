@@ -14,6 +14,7 @@ use isthmus_identity::{
     token::{Token, TokenKind, TokenSpec},
 };
 use isthmus_model::{
+    availability::Report,
     global::{GlobalService, GlobalSnapshot},
     ids::{ClusterName, IdError, Stamp},
     time::Timestamp,
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 use super::{Admin, error::ApiError};
 use crate::{
     state::{Command, MintToken, Rejection, TokenHash},
-    status::{Seen, StatusView},
+    status::StatusView,
 };
 
 /// Largest request body.
@@ -121,13 +122,13 @@ async fn services(State(admin): State<Admin>) -> Answer<Vec<GlobalService>> {
     Ok(Json(admin.global()?.services.values().cloned().collect()))
 }
 
-async fn availability(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Vec<Seen>> {
+async fn availability(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Vec<Report>> {
     let cluster = cluster_name(&name)?;
     if !admin.global()?.clusters.contains_key(&cluster) {
         return Err(Rejection::UnknownCluster { cluster }.into());
     }
     let report = admin.status.report(&cluster);
-    Ok(Json(report.iter().flat_map(|report| &report.availability).map(Seen::from).collect()))
+    Ok(Json(report.iter().flat_map(|report| &report.availability).cloned().collect()))
 }
 
 impl Admin {

@@ -36,7 +36,7 @@ pub const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 pub const MAX_CSR: usize = 16 * 1024;
 
 /// How far certificates are backdated, for clocks that run behind.
-const BACKDATE: Duration = Duration::from_secs(60);
+pub(crate) const BACKDATE: Duration = Duration::from_secs(60);
 
 const REFRESH_HINT: Duration = Duration::from_secs(300);
 

@@ -37,6 +37,9 @@ pub struct Report {
     /// How much of it.
     #[serde(flatten)]
     pub current: Availability,
+    /// As [`Observation::recovered_at`], so that all who hear of it hold down alike.
+    #[serde(default, rename = "recoveredAt", skip_serializing_if = "Option::is_none")]
+    pub recovered_at: Option<Timestamp>,
 }
 
 /// An [`Availability`] with its history, as far as the choice needs it.
@@ -123,9 +126,32 @@ impl Observations {
         self.services.get(service)?.get(cluster)
     }
 
+    /// Everything known, to pass on.
+    pub fn reports(&self) -> impl Iterator<Item = Report> {
+        self.iter().map(|(service, cluster, o)| Report {
+            service: service.clone(),
+            cluster: cluster.clone(),
+            current: o.current,
+            recovered_at: o.recovered_at,
+        })
+    }
+
     /// Everything known, in order of service and cluster.
     pub fn iter(&self) -> impl Iterator<Item = (&ServiceName, &ClusterName, &Observation)> {
         self.services.iter().flat_map(|(s, by)| by.iter().map(move |(c, o)| (s, c, o)))
+    }
+}
+
+/// What someone else observed, taken over as it is.
+impl FromIterator<Report> for Observations {
+    fn from_iter<I: IntoIterator<Item = Report>>(reports: I) -> Self {
+        let mut all = Self::default();
+        for Report { service, cluster, current, recovered_at } in reports {
+            let ever_served = current.is_serving() || recovered_at.is_some();
+            let observation = Observation { current, recovered_at, ever_served };
+            all.services.entry(service).or_default().insert(cluster, observation);
+        }
+        all
     }
 }
 
@@ -177,9 +203,19 @@ mod tests {
     }
 
     #[test]
+    fn what_was_observed_survives_being_reported() {
+        let (service, cluster) = names();
+        let mut all = Observations::default();
+        for (word, at) in [(UP, 1), (DOWN, 2), (UP, 3)] {
+            all.observe(&service, &cluster, word, Timestamp(at));
+        }
+        assert_eq!(all.reports().collect::<Observations>(), all);
+    }
+
+    #[test]
     fn a_report_is_flat_in_json() {
         let (service, cluster) = names();
-        let report = Report { service, cluster, current: UP };
+        let report = Report { service, cluster, current: UP, recovered_at: None };
         let json = serde_json::json!({
             "service": "shop/cart", "cluster": "us-east", "ready": 1, "total": 2, "reachable": true
         });

@@ -111,7 +111,7 @@ fn gateway(name: &str) -> LocalGateway {
 
 fn report(ready: u8, reachable: bool) -> GatewayEvent {
     let current = Availability { ready, total: 2, reachable };
-    let report = Report { service: cart(), cluster: "us-west".parse().unwrap(), current };
+    let report = Report { service: cart(), cluster: "us-west".parse().unwrap(), current, recovered_at: None };
     GatewayEvent::Report(AvailabilityReport { availability: vec![report], tunnels: Vec::new() })
 }
 

@@ -8,7 +8,7 @@ use isthmus_api::{
     proto::local::v1::{DnsConfig, DnsMessage, DnsUpdate, dns_message, dns_update},
 };
 use isthmus_model::{
-    availability::{Observations, Report},
+    availability::Observations,
     global::GlobalSnapshot,
     ids::{Stamp, check_label},
     local::LocalEndpoints,
@@ -113,13 +113,7 @@ impl Stream<'_> {
                 dns_update::Kind::Config(config)
             }
             Update::Availability(observations) => {
-                let report = |(service, cluster, o): (_, _, &isthmus_model::availability::Observation)| Report {
-                    service: isthmus_model::ids::ServiceName::clone(service),
-                    cluster: isthmus_model::ids::ClusterName::clone(cluster),
-                    current: o.current,
-                };
-                let availability = observations.iter().map(report).collect();
-                let report = AvailabilityReport { availability, tunnels: Vec::new() };
+                let report = AvailabilityReport { availability: observations.reports().collect(), tunnels: Vec::new() };
                 self.sent.observations = Some(observations);
                 dns_update::Kind::Availability((&report).into())
             }

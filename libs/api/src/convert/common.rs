@@ -8,6 +8,7 @@ use isthmus_model::{
     global::{Locality, Settings},
     ids::{Epoch, Region, Revision, ServiceName, Stamp, check_label},
     service::{AppProtocol, GatewayAddress, ServiceKind, ServicePort, TrustBundle},
+    time::Timestamp,
 };
 
 use super::{ConvertError, Result, limits, name, optional, port, required, unique};
@@ -259,6 +260,7 @@ impl TryFrom<pb::Availability> for Report {
         Ok(Self {
             current: counts(&p)?,
             cluster: name("cluster", &p.cluster)?,
+            recovered_at: (p.recovered_at_unix_ms > 0).then_some(Timestamp(p.recovered_at_unix_ms)),
             service: required("service", p.service)?,
         })
     }
@@ -272,6 +274,7 @@ impl From<&Report> for pb::Availability {
             ready: r.current.ready.into(),
             total: r.current.total.into(),
             reachable: r.current.reachable,
+            recovered_at_unix_ms: r.recovered_at.unwrap_or_default().0,
         }
     }
 }

@@ -167,6 +167,7 @@ fn local_messages_survive_the_wire() {
             service: ServiceName::new("shop", "cart").unwrap(),
             cluster: "us-west".parse().unwrap(),
             current: Availability { ready: 1, total: 2, reachable: true },
+            recovered_at: Some(Timestamp(7)),
         }],
         tunnels: vec![TunnelState {
             cluster: "us-west".parse().unwrap(),
@@ -284,7 +285,14 @@ fn an_app_outside_loopback_is_refused() {
 #[test]
 fn a_gateway_speaks_only_for_its_own_cluster() {
     let service = Some(common::ServiceName { namespace: "shop".into(), name: "cart".into() });
-    let said = common::Availability { service, cluster: String::new(), ready: 300, total: 300, reachable: true };
+    let said = common::Availability {
+        service,
+        cluster: String::new(),
+        ready: 300,
+        total: 300,
+        reachable: true,
+        ..Default::default()
+    };
     let (_, availability) = own_availability(said.clone()).unwrap();
     assert_eq!(availability, Availability { ready: 255, total: 255, reachable: true });
     assert_eq!(
