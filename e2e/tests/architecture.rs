@@ -63,6 +63,19 @@ fn reserved_libraries_stay_where_they_belong() {
 }
 
 #[test]
+fn one_tls_provider_is_built() {
+    // The metadata's graph names optional crates that no feature turns on; the tree has what is built.
+    let cargo = std::env::var_os("CARGO").expect("run by cargo");
+    let tree = std::process::Command::new(cargo).args(["tree", "--workspace", "--locked", "--prefix", "none"]).output();
+    let tree = String::from_utf8(tree.expect("cargo tree").stdout).expect("text");
+    let built: BTreeSet<&str> = tree.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert!(built.contains("aws-lc-rs"), "the provider of docs/architecture.md");
+    for banned in ["ring", "openssl", "openssl-sys", "native-tls"] {
+        assert!(!built.contains(banned), "{banned} is in the dependency tree: cargo tree -i {banned}");
+    }
+}
+
+#[test]
 fn pure_crates_have_no_io() {
     let all = dependencies();
     for library in ["tokio", "tonic", "kube", "hyper", "rustls"] {
