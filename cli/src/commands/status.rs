@@ -60,7 +60,9 @@ pub(super) fn render(status: &Status) -> String {
     let mut clusters = Table::new(&["CLUSTER", "STATE", "REGION", "ZONE", "SESSION", "CONSUMERS", "PROBLEMS"]);
     let mut consumers = Table::new(&["CLUSTER", "CONSUMER", "CONNECTED", "APPLIED", "LAG"]);
     for c in &status.clusters {
-        let connected = c.consumers.iter().filter(|x| x.connected).count();
+        // Of a cluster whose agent is away only the last word is known.
+        let current = c.is_connected();
+        let connected = c.consumers.iter().filter(|x| x.connected && current).count();
         clusters.row([
             c.name.clone(),
             c.state.clone(),
@@ -74,7 +76,12 @@ pub(super) fn render(status: &Status) -> String {
             consumers.row([
                 c.name.clone(),
                 format!("{}/{}", x.kind, x.name),
-                if x.connected { "yes" } else { "no" }.to_owned(),
+                match (current, x.connected) {
+                    (false, _) => "unknown",
+                    (true, true) => "yes",
+                    (true, false) => "no",
+                }
+                .to_owned(),
                 x.applied.map(|s| s.to_string()).unwrap_or_default(),
                 x.lag_revisions.to_string(),
             ]);

@@ -156,13 +156,13 @@ Federation isthmus.example, revision 1.42, node cp-1
 
 CLUSTER  STATE   REGION  ZONE       SESSION     CONSUMERS  PROBLEMS
 us-east  active  us      us-east-1  connected   2/2        0
-us-west  active  us      us-west-1  never seen  1/2        1
+us-west  active  us      us-west-1  never seen  0/2        1
 
 CLUSTER  CONSUMER           CONNECTED  APPLIED  LAG
 us-east  gateway/gateway-1  yes        1.42     0
 us-east  dns/dns-1          yes        1.42     0
-us-west  gateway/gateway-1  yes        1.40     2
-us-west  dns/dns-1          no         1.1      41
+us-west  gateway/gateway-1  unknown    1.40     2
+us-west  dns/dns-1          unknown    1.1      41
 
 CLUSTER  WHERE         PROBLEM
 us-west  cart.yaml:14  spec.ports[0].port: must be 1 to 65535
