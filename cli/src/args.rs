@@ -5,6 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use isthmus_model::ids::{ClusterName, ServiceName};
 
+use crate::shapes::Stamp;
+
 /// Look at and steer an Isthmus federation.
 #[derive(Debug, Parser)]
 #[command(
@@ -135,7 +137,7 @@ pub(crate) struct ExplainArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct WaitArgs {
-    /// A revision, or "latest": the control plane's at this moment
+    /// A revision (42, or with its epoch 1.42), or "latest": the control plane's at this moment
     #[arg(long, default_value = "latest")]
     pub(crate) revision: Target,
     /// Give up after this long
@@ -161,7 +163,10 @@ pub(crate) enum Format {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Target {
     Latest,
+    /// In the control plane's present epoch.
     Revision(u64),
+    /// As the tables print it: epoch, dot, revision.
+    Stamp(Stamp),
 }
 
 impl std::str::FromStr for Target {
@@ -171,7 +176,14 @@ impl std::str::FromStr for Target {
         if s == "latest" {
             return Ok(Self::Latest);
         }
-        s.parse().map(Self::Revision).map_err(|_| format!("{s:?} is neither a number nor \"latest\""))
+        if let Some((epoch, revision)) = s.split_once('.')
+            && let (Ok(epoch), Ok(revision)) = (epoch.parse(), revision.parse())
+        {
+            return Ok(Self::Stamp(Stamp { epoch, revision }));
+        }
+        s.parse().map(Self::Revision).map_err(|_| {
+            format!("{s:?} is none of: a revision (42), an epoch and revision as printed (1.42), \"latest\"")
+        })
     }
 }
 
@@ -190,6 +202,15 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn revisions_are_taken_as_they_are_printed() {
+        let parsed = |s: &str| s.parse::<Target>();
+        assert!(matches!(parsed("latest"), Ok(Target::Latest)));
+        assert!(matches!(parsed("42"), Ok(Target::Revision(42))));
+        assert!(matches!(parsed("2.42"), Ok(Target::Stamp(Stamp { epoch: 2, revision: 42 }))));
+        assert!(parsed("2.x").is_err() && parsed("").is_err() && parsed(".").is_err());
     }
 
     #[test]

@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that building, the demo and the tests need, where they are missing.
+# Checks for Rust and installs the Debian packages that building, the demo and the tests need, where they are missing.
 set -euo pipefail
 
+if ! command -v cargo >/dev/null; then
+  echo "cargo is missing: install Rust 1.95 or later, with rustfmt and clippy (https://rustup.rs)" >&2
+  exit 1
+fi
+
 declare -A package=(
-  [cc]=gcc [dig]=bind9-dnsutils [setpriv]=util-linux [python3]=python3 [ip]=iproute2 [curl]=curl [cmake]=cmake
+  [cc]=gcc [dig]=bind9-dnsutils [setpriv]=util-linux [python3]=python3 [pip]=python3-pip
 )
 missing=()
 for tool in "$@"; do
-  command -v "$tool" >/dev/null || missing+=("${package[$tool]:?unknown tool $tool}")
+  if [ "$tool" = pip ]; then
+    # Debian packs it apart; whatever brought it elsewhere, this is how it is called.
+    python3 -m pip --version >/dev/null 2>&1 || missing+=("${package[pip]}")
+  else
+    command -v "$tool" >/dev/null || missing+=("${package[$tool]:?unknown tool $tool}")
+  fi
 done
 [ ${#missing[@]} -eq 0 ] && exit 0
 

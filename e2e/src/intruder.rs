@@ -10,7 +10,7 @@ use isthmus_api::proto::{
     tunnel::v1::{ControlFrame, ControlHello, StreamHeader, StreamReply, control_frame, stream_reply},
 };
 use isthmus_identity::{ca::CertificateAuthority, keys::KeyPair, svid::Svid};
-use isthmus_model::ids::{SpiffeId, TrustDomain};
+use isthmus_model::ids::SpiffeId;
 use prost::Message;
 use rustls::pki_types::{PrivateKeyDer, ServerName, pem::PemObject};
 use tokio::{
@@ -154,9 +154,4 @@ fn client_hello(sni: &str) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     connection.write_tls(&mut bytes)?;
     Ok(bytes)
-}
-
-/// A trust domain of nobody's federation.
-pub fn foreign_domain() -> anyhow::Result<TrustDomain> {
-    Ok("elsewhere.example".parse()?)
 }

@@ -14,6 +14,27 @@ use crate::shop::load::{Kind, Sample};
 /// A request is called affected when it failed or took longer than this.
 pub const SLOW_MICROS: u64 = 250_000;
 
+/// A stretch of time, Unix milliseconds, with the moment of a fault in it.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs, reason = "each field is what its name says")]
+pub struct Span {
+    pub from_ms: u64,
+    pub fault_ms: u64,
+    pub to_ms: u64,
+}
+
+impl Span {
+    /// From a fault on.
+    pub fn since(fault_ms: u64) -> Self {
+        Self { from_ms: fault_ms, fault_ms, to_ms: u64::MAX }
+    }
+
+    /// Is `at_ms` in it?
+    pub fn contains(self, at_ms: u64) -> bool {
+        (self.from_ms..self.to_ms).contains(&at_ms)
+    }
+}
+
 /// All samples so far, read as the file grows.
 pub struct Samples {
     path: PathBuf,
@@ -32,8 +53,10 @@ pub struct Summary {
     pub clusters: BTreeMap<String, usize>,
     /// Caller that the callee saw → how often (HTTP only).
     pub callers: BTreeMap<String, usize>,
-    /// From the window's start to the end of the last affected request, if any was.
+    /// From the fault to the end of the last affected request, if any was.
     pub last_affected_ms: Option<u64>,
+    /// From the first request's end to the last's.
+    pub lasted_ms: u64,
     /// Slower than [`SLOW_MICROS`], but served.
     pub slow: usize,
     /// The longest, in milliseconds.
@@ -74,14 +97,16 @@ impl Samples {
         Ok(self.refresh()?.iter().rev().filter(move |s| s.kind == kind && s.start_ms >= from_ms).take(n).collect())
     }
 
-    /// Sums up all of `kinds` that ended within `from_ms..to_ms`, so that what a fault at `from_ms` caught under way counts
-    /// as that fault's.
-    pub fn summary(&mut self, kinds: &[Kind], from_ms: u64, to_ms: u64) -> anyhow::Result<Summary> {
+    /// Sums up all of `kinds` that ended within `span`, so that what a fault caught under way counts as that fault's.
+    pub fn summary(&mut self, kinds: &[Kind], span: Span) -> anyhow::Result<Summary> {
         let window = self.refresh()?.iter().filter(|s| kinds.contains(&s.kind));
         let mut sum = Summary::default();
         let mut micros = vec![];
-        for sample in window.filter(|s| (from_ms..to_ms).contains(&s.end_ms())) {
+        let (mut first, mut last) = (u64::MAX, 0);
+        for sample in window.filter(|s| span.contains(s.end_ms())) {
             sum.requests += 1;
+            first = first.min(sample.end_ms());
+            last = last.max(sample.end_ms());
             micros.push(sample.micros);
             if let Some(error) = &sample.error {
                 *sum.failures.entry(error.clone()).or_default() += 1;
@@ -95,9 +120,10 @@ impl Samples {
             let slow = sample.micros > SLOW_MICROS;
             sum.slow += usize::from(slow && sample.error.is_none());
             if slow || sample.error.is_some() {
-                sum.last_affected_ms = sum.last_affected_ms.max(Some(sample.end_ms() - from_ms));
+                sum.last_affected_ms = sum.last_affected_ms.max(Some(sample.end_ms().saturating_sub(span.fault_ms)));
             }
         }
+        sum.lasted_ms = last.saturating_sub(first);
         micros.sort_unstable();
         let at = |percent: usize| micros.get((micros.len() * percent / 100).min(micros.len().saturating_sub(1)));
         sum.max_ms = micros.last().copied().unwrap_or_default() / 1000;
@@ -108,6 +134,12 @@ impl Samples {
 }
 
 impl Summary {
+    /// Requests per second, over the time in which there were any.
+    #[allow(clippy::cast_precision_loss, reason = "counts and milliseconds of a few minutes")]
+    pub fn per_second(&self) -> f64 {
+        self.requests as f64 * 1000.0 / self.lasted_ms.max(1) as f64
+    }
+
     /// How many failed.
     pub fn failed(&self) -> usize {
         self.failures.values().sum()
@@ -139,7 +171,8 @@ mod tests {
             writeln!(file, "{}", serde_json::to_string(&s).unwrap()).unwrap();
         }
         write!(file, "{{\"kind\":\"http\"").unwrap();
-        let sum = Samples::new(&path).summary(&[Kind::Http], 1000, 2000).unwrap();
+        let sum =
+            Samples::new(&path).summary(&[Kind::Http], Span { from_ms: 1000, fault_ms: 1000, to_ms: 2000 }).unwrap();
         assert_eq!((sum.requests, sum.failed(), sum.slow), (3, 1, 1));
         assert_eq!(sum.last_affected_ms, Some(400), "the slow one ended last");
         assert_eq!(sum.clusters["us-east"], 2, "what was under way at the start counts");

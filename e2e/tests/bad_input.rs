@@ -150,8 +150,10 @@ fn on_small_disk(federation: &Federation, config: &Path, disk: &Path, kib: u32) 
         cp = federation.binaries.global_cp.display(),
         config = config.display()
     );
-    let unshare = Path::new("unshare");
-    Process::new("small-disk-cp", unshare, &federation.dir).args(["--map-root-user", "--mount", "sh", "-c", &mount])
+    let process = Process::new("small-disk-cp", Path::new("unshare"), &federation.dir);
+    let root = std::fs::metadata("/proc/self").is_ok_and(|m| std::os::unix::fs::MetadataExt::uid(&m) == 0);
+    let process = if root { process } else { process.arg("--map-root-user") };
+    process.args(["--mount", "sh", "-c", &mount])
 }
 
 #[tokio::test(flavor = "multi_thread")]

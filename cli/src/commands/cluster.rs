@@ -98,13 +98,13 @@ fn list(status: &Status) -> String {
     table.render(0)
 }
 
-/// "connected", or since when it is not.
+/// "connected", or since when it is not. Sessions are in the control plane's memory only.
 pub(super) fn session(cluster: &Cluster) -> String {
     match cluster.session {
         Some(Session { connected: true, .. }) => "connected".to_owned(),
         Some(Session { last_seen_ms: Some(at), .. }) if at > 0 => {
             format!("lost {} ago", rough(now().since(isthmus_model::time::Timestamp(at))))
         }
-        _ => "never seen".to_owned(),
+        _ => "not since restart".to_owned(),
     }
 }

@@ -26,6 +26,9 @@ pub(super) async fn run(client: &Client, args: ExplainArgs, out: &mut dyn Write)
     let service = find_service(&global, &args.service)?;
     check_cluster(&global, &args.from)?;
     check_port(service, args.port)?;
+    if global.active_cluster(&args.from).is_none() {
+        bail!("{} is revoked: nothing is served to it", args.from);
+    }
     let reports: Vec<Report> = client.get(&format!("availability/{}", args.from)).await?;
 
     let now = now();

@@ -154,9 +154,9 @@ fn status_shows_clusters_consumers_and_problems_with_their_place() {
     let want = "\
 Federation isthmus.example, revision 1.42, node cp-1
 
-CLUSTER  STATE   REGION  ZONE       SESSION     CONSUMERS  PROBLEMS
-us-east  active  us      us-east-1  connected   2/2        0
-us-west  active  us      us-west-1  never seen  0/2        1
+CLUSTER  STATE   REGION  ZONE       SESSION            CONSUMERS  PROBLEMS
+us-east  active  us      us-east-1  connected          2/2        0
+us-west  active  us      us-west-1  not since restart  0/2        1
 
 CLUSTER  CONSUMER           CONNECTED  APPLIED  LAG
 us-east  gateway/gateway-1  yes        1.42     0

@@ -45,6 +45,7 @@ pub(super) async fn run(client: &Client, args: WaitArgs, out: &mut dyn Write) ->
                 let wanted = *target.get_or_insert(match args.revision {
                     Target::Latest => status.stamp,
                     Target::Revision(revision) => Stamp { epoch: status.stamp.epoch, revision },
+                    Target::Stamp(stamp) => stamp,
                 });
                 match progress(&status, wanted, args.cluster.as_ref()) {
                     Progress::Done(consumers) => {
@@ -52,6 +53,9 @@ pub(super) async fn run(client: &Client, args: WaitArgs, out: &mut dyn Write) ->
                             u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
                         ));
                         writeln!(out, "revision {wanted} applied by {consumers} consumers ({took})")?;
+                        for away in uncounted(&status, args.cluster.as_ref()) {
+                            eprintln!("not counted: {away}, whose agent is not connected");
+                        }
                         return Ok(Verdict::Yes);
                     }
                     Progress::Pending(laggards) => {
@@ -116,7 +120,8 @@ pub(super) fn progress(status: &Status, target: Stamp, only: Option<&ClusterName
                 Some(stamp) if stamp >= target => applied += 1,
                 stamp => {
                     let at = stamp.map_or_else(|| "nothing applied".to_owned(), |s| format!("at {s}"));
-                    laggards.push(format!("{} {}/{} ({at})", cluster.name, consumer.kind, consumer.name));
+                    let why = consumer.problems.iter().map(|p| format!("; {p}")).collect::<String>();
+                    laggards.push(format!("{} {}/{} ({at}{why})", cluster.name, consumer.kind, consumer.name));
                 }
             }
         }
@@ -128,6 +133,12 @@ pub(super) fn progress(status: &Status, target: Stamp, only: Option<&ClusterName
         return Progress::Pending(vec!["any consumer (none is connected)".to_owned()]);
     }
     Progress::Done(applied)
+}
+
+/// Active clusters of which nothing current is known.
+fn uncounted<'a>(status: &'a Status, only: Option<&ClusterName>) -> Vec<&'a str> {
+    let clusters = status.clusters.iter().filter(|c| only.is_none_or(|name| c.name == name.as_str()));
+    clusters.filter(|c| c.is_active() && !c.is_connected()).map(|c| c.name.as_str()).collect()
 }
 
 fn named(laggards: &[String]) -> String {

@@ -42,6 +42,9 @@ async fn main() -> ExitCode {
         report.bad(&format!("{e:#}"));
     }
     report.close();
+    if stage.is_none() {
+        println!("Logs, as far as there are any, are in {}", options.dir.join("logs").display());
+    }
     if let Some(mut stage) = stage {
         finish(&mut stage, &options, &report).await;
     }
@@ -60,6 +63,9 @@ async fn finish(stage: &mut Stage, options: &Options, report: &Report) {
         interrupted().await;
         println!("\nStopping.");
     } else if !report.held() {
+        if let Ok(status) = stage.federation.ctl.run(&["status"]).await {
+            println!("\n{status}\n");
+        }
         println!("Logs are in {}", options.dir.join("logs").display());
     }
     if let Err(e) = stage.federation.stop(Duration::from_secs(10)).await {

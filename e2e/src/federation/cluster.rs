@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use isthmus_runtime::files::write_secret;
 use tokio::{process::Command, time::timeout};
 
 use super::{
@@ -56,7 +57,7 @@ impl Cluster {
         let dir = federation.join(&layout.name);
         let manifests = dir.join("manifests");
         std::fs::create_dir_all(&manifests).with_context(|| format!("create {}", manifests.display()))?;
-        std::fs::write(dir.join("join-token"), join_token).context("write the join token")?;
+        write_secret(&dir.join("join-token"), join_token.as_bytes()).context("write the join token")?;
         let agent_config = write(&dir, "agent.yaml", &layout.agent_config(&dir))?;
         let named = |part: &str| format!("{}/{part}", layout.name);
         let mut agent = Process::new(named("agent"), &binaries.agent, federation)
@@ -159,12 +160,6 @@ impl Cluster {
         self.gateways.get_mut(name).with_context(|| format!("no gateway {name} in {cluster}"))
     }
 
-    /// Every process of the cluster.
-    pub fn processes(&self) -> impl Iterator<Item = &Process> {
-        let workloads = self.workloads.values().flat_map(|w| [&w.app, &w.sidecar]);
-        [&self.agent, &self.dns].into_iter().chain(self.gateways.values()).chain(workloads)
-    }
-
     /// Every process of the cluster, sidecars first, so that they drain while the rest still runs.
     pub fn processes_mut(&mut self) -> impl Iterator<Item = &mut Process> {
         let workloads = self.workloads.values_mut().flat_map(|w| [&mut w.sidecar, &mut w.app]);
@@ -190,5 +185,5 @@ async fn mint(binaries: &Binaries, agent: &Path, role: &str, subject: &str, file
     if !output.status.success() {
         bail!("isthmus-agent token {role} {subject} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
-    std::fs::write(file, output.stdout).with_context(|| format!("write {}", file.display()))
+    write_secret(file, &output.stdout).with_context(|| format!("write {}", file.display()))
 }

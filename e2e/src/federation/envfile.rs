@@ -26,6 +26,8 @@ pub fn write(federation: &Federation, path: &Path) -> anyhow::Result<()> {
         set(&format!("{prefix}_AGENT_HEALTH"), &layout.agent_health);
         set(&format!("{prefix}_DNS"), &layout.dns);
         set(&format!("{prefix}_DNS_HEALTH"), &layout.dns_health);
+        set(&format!("{prefix}_AGENT_STATE"), &cluster.dir.join("agent").display());
+        set(&format!("{prefix}_DNS_STATE"), &cluster.dir.join("dns-1").display());
         set(&format!("{prefix}_MANIFESTS"), &cluster.manifests().display());
         set(&format!("{prefix}_VIPS"), &format!("{}0.0/16", layout.vip_prefix()));
         process(&mut set, &format!("{prefix}_AGENT"), &cluster.agent);

@@ -12,6 +12,8 @@ pub mod process;
 
 use std::{
     collections::BTreeMap,
+    fs::File,
+    net::TcpListener,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -21,7 +23,7 @@ use anyhow::{Context, ensure};
 use self::{
     cluster::Cluster,
     ctl::Isthmusctl,
-    layout::{ClusterLayout, ControlPlaneLayout, FEDERATION},
+    layout::{ClusterLayout, ControlPlaneLayout},
     process::{Binaries, Process},
 };
 
@@ -52,16 +54,26 @@ pub struct Federation {
     /// By name.
     pub clusters: BTreeMap<String, Cluster>,
     base: layout::Base,
+    /// Released when the federation is dropped.
+    _lock: File,
 }
 
 impl Federation {
     /// Starts the control plane alone and waits until it is ready.
     pub async fn start(options: Options) -> anyhow::Result<Self> {
         let Options { dir, hold_down, layout: base } = options;
-        if dir.exists() {
-            std::fs::remove_dir_all(&dir).with_context(|| format!("empty {}", dir.display()))?;
+        // Before anything is emptied: a federation that runs must not lose its state to a second start.
+        let lock = alone(&dir)?;
+        let addresses = ControlPlaneLayout::new(base);
+        for address in [addresses.grpc, addresses.admin, addresses.health] {
+            drop(TcpListener::bind(address).with_context(|| {
+                format!(
+                    "{address} cannot be used; does another demo run? (`ss -ltnp | grep {}` says who)",
+                    address.ip()
+                )
+            })?);
         }
-        std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
+        empty(&dir)?;
         let binaries = Binaries::find()?;
         let layout = ControlPlaneLayout::new(base);
         let config = dir.join("global-cp.yaml");
@@ -71,7 +83,7 @@ impl Federation {
         control_plane.start()?;
         control_plane.ready(START_DEADLINE).await?;
         let ctl = Isthmusctl::new(&binaries.isthmusctl, &dir.join("global-cp/admin/context.yaml"));
-        Ok(Self { dir, binaries, control_plane, ctl, clusters: BTreeMap::new(), base })
+        Ok(Self { dir, binaries, control_plane, ctl, clusters: BTreeMap::new(), base, _lock: lock })
     }
 
     /// Joins a cluster: agent, gateways and DNS, each ready. No workloads and no manifests yet.
@@ -92,13 +104,6 @@ impl Federation {
         self.clusters.get_mut(name).with_context(|| format!("no cluster {name}"))
     }
 
-    /// The last lines of every process's log, for a failure's report.
-    pub fn logs(&self) -> Vec<(String, PathBuf)> {
-        let own = std::iter::once(&self.control_plane);
-        let processes = own.chain(self.clusters.values().flat_map(Cluster::processes));
-        processes.map(|p| (p.name().to_owned(), p.log().to_owned())).collect()
-    }
-
     /// SIGTERM to all, then SIGKILL to what is left after `grace`.
     pub async fn stop(&mut self, grace: Duration) -> anyhow::Result<()> {
         let clusters = self.clusters.values_mut().flat_map(Cluster::processes_mut);
@@ -115,14 +120,36 @@ impl Federation {
     }
 }
 
+/// In a folder that a federation may empty.
+const MARKER: &str = ".isthmus-federation";
+
+/// Makes `dir` an empty folder of ours; refuses to empty one that was not.
+fn empty(dir: &Path) -> anyhow::Result<()> {
+    let used = std::fs::read_dir(dir).is_ok_and(|mut entries| entries.next().is_some());
+    if used {
+        let ours = dir.join(MARKER).exists();
+        ensure!(ours, "{} holds something else than a demo: name an empty folder with --dir", dir.display());
+        std::fs::remove_dir_all(dir).with_context(|| format!("empty {}", dir.display()))?;
+    }
+    std::fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    std::fs::write(dir.join(MARKER), "").with_context(|| format!("write into {}", dir.display()))
+}
+
+/// The lock on the federation in `dir`, a file beside it.
+fn alone(dir: &Path) -> anyhow::Result<File> {
+    let path = dir.with_extension("lock");
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("create {}", parent.display()))?;
+    }
+    let file = File::create(&path).with_context(|| format!("create {}", path.display()))?;
+    let busy = || format!("a federation runs in {} already: end it first, or use another --dir", dir.display());
+    file.try_lock().with_context(busy)?;
+    Ok(file)
+}
+
 /// `spiffe://<cluster's trust domain>/ns/shop/sa/<service account>`.
 pub fn workload_id(cluster: &str, service_account: &str) -> String {
     format!("spiffe://{cluster}.example/ns/shop/sa/{service_account}")
-}
-
-/// The federation's trust domain.
-pub fn federation() -> &'static str {
-    FEDERATION
 }
 
 /// Where the repository's root is: the folder above this crate.

@@ -154,6 +154,8 @@ impl Process {
             ensure!(self.is_running(), "{} ended while starting; {}", self.name, self.tail());
             let status = timeout(Duration::from_secs(2), http_get(health, "/readyz")).await;
             if matches!(&status, Ok(Ok(answer)) if answer.0 == 200) {
+                // Another program on that address may have answered.
+                ensure!(self.is_running(), "{} ended while starting; {}", self.name, self.tail());
                 return Ok(());
             }
             if Instant::now() > deadline {

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    samples::{Samples, Summary},
+    samples::{Samples, Span, Summary},
     scenario::report::{Report, Row},
     shop::load::{Kind, Sample},
 };
@@ -16,7 +16,7 @@ pub struct Window {
     pub step: &'static str,
     /// What happened at its start.
     pub what: String,
-    /// Unix time, milliseconds.
+    /// When it happened: Unix time, milliseconds. What the load saw counts from the end of the window before.
     pub from_ms: u64,
     /// Unix time, milliseconds.
     pub to_ms: u64,
@@ -37,6 +37,9 @@ struct Fault {
     blind_ms: u64,
 }
 
+/// Less load than this proves nothing.
+const MIN_HTTP_PER_SECOND: f64 = 200.0;
+const MIN_TCP_PER_SECOND: f64 = 8.0;
 /// Probe interval, and the way of its result to the gateways.
 const BLIND_MS: u64 = 300;
 
@@ -63,20 +66,43 @@ impl Ledger {
         self.windows.push(window);
     }
 
+    /// Notes the stretch from the last window to now, in which nothing more is done to anyone.
+    pub fn close(&mut self) {
+        if let Some(last) = self.windows.last() {
+            let Window { step, to_ms, settles_on, .. } = *last;
+            let what = "and stays, until the load ends".to_owned();
+            let allowed = vec![settles_on];
+            self.windows.push(Window { step, what, from_ms: to_ms, to_ms: u64::MAX, allowed, settles_on });
+        }
+    }
+
     /// Judges every window and adds its row to the report.
     pub fn judge(&self, samples: &mut Samples, report: &mut Report) -> anyhow::Result<()> {
         report.step("Σ", "What the load saw, request by request");
+        let mut since_ms = self.windows.first().map_or(0, |w| w.from_ms);
         for window in &self.windows {
-            let http = samples.summary(&[Kind::Http], window.from_ms, window.to_ms)?;
-            let tcp = samples.summary(&[Kind::Tcp], window.from_ms, window.to_ms)?;
-            let both = samples.summary(&[Kind::Http, Kind::Tcp], window.from_ms, window.to_ms)?;
-            let ended_here = |s: &&Sample| (window.from_ms..window.to_ms).contains(&s.end_ms());
+            let span = Span { from_ms: since_ms, fault_ms: window.from_ms, to_ms: window.to_ms };
+            since_ms = window.to_ms;
+            let http = samples.summary(&[Kind::Http], span)?;
+            let tcp = samples.summary(&[Kind::Tcp], span)?;
+            let both = samples.summary(&[Kind::Http, Kind::Tcp], span)?;
+            let ended_here = |s: &&Sample| span.contains(s.end_ms());
             let sessions = samples.since(Kind::Tcp, 0)?.filter(|s| s.error.is_some()).filter(ended_here);
             let in_flight = sessions.filter(|s| self.was_beyond_retry(s)).count();
             let unexplained = http.failed() + tcp.failed() - in_flight;
             let strangers: BTreeSet<&String> =
                 both.clusters.keys().filter(|c| !window.allowed.contains(&c.as_str())).collect();
-            let enough = http.requests > 0 && tcp.requests > 0;
+            // A stretch too short to have a rate proves what little it holds.
+            let brief = both.lasted_ms < 1_000;
+            let steady = http.per_second() >= MIN_HTTP_PER_SECOND && tcp.per_second() >= MIN_TCP_PER_SECOND;
+            let enough = brief || steady;
+            if !enough {
+                let (http, tcp) = (http.per_second(), tcp.per_second());
+                report.note(&format!(
+                    "step {}: too little load to tell: {http:.0} GET/s, {tcp:.1} sessions/s",
+                    window.step
+                ));
+            }
             let held = unexplained == 0 && strangers.is_empty() && enough;
             for (kind, sum) in [("GET cart", &http), ("orders session", &tcp)] {
                 for (error, n) in &sum.failures {
@@ -85,7 +111,7 @@ impl Ledger {
             }
             if in_flight > 0 {
                 report.note(&format!(
-                    "step {}: {in_flight} orders sessions were under way at the kill, or answered by a sidecar whose app had \
+                    "step {}: {in_flight} orders session(s) under way at the kill, or answered by a sidecar whose app had \
                      just died; no retry is legal there",
                     window.step
                 ));

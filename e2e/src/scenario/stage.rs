@@ -1,6 +1,7 @@
 //! The federation with its load, and the few moves that the steps are made of.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     path::PathBuf,
     process::Stdio,
@@ -20,7 +21,7 @@ use super::{
 };
 use crate::{
     federation::{self, Federation, envfile, layout::Base, process::Process},
-    samples::Samples,
+    samples::{Samples, Span},
     shop::load::Kind,
 };
 
@@ -46,11 +47,14 @@ pub struct Stage {
     pub ledger: Ledger,
     /// When the manifests had been written.
     pub manifests_written: Instant,
+    /// cart's VIP in each cluster, as first seen.
+    pub vips: BTreeMap<String, String>,
 }
 
 impl Stage {
     /// Starts everything but the load: control plane, clusters, workloads; then writes the manifests.
     pub async fn set(options: &Options, report: &mut Report) -> anyhow::Result<Self> {
+        which("dig").context("Debian's package bind9-dnsutils has dig: `make tools` installs it")?;
         report.step("0", "Three clusters on this machine");
         report.doing("control plane");
         let options = federation::Options { dir: options.dir.clone(), hold_down: HOLD_DOWN, layout: Base::default() };
@@ -71,7 +75,7 @@ impl Stage {
             .args(["load", "--dns", &dns.to_string(), "--samples"])
             .arg(&samples);
         let samples = Samples::new(&samples);
-        Ok(Self { federation, load, samples, ledger: Ledger::default(), manifests_written })
+        Ok(Self { federation, load, samples, ledger: Ledger::default(), manifests_written, vips: BTreeMap::new() })
     }
 
     /// Ends the load; requests under way get their outcome first.
@@ -79,6 +83,7 @@ impl Stage {
         self.load.terminate();
         let status = self.load.wait(Duration::from_secs(15)).await?;
         ensure!(status.success(), "the load generator failed; {}", self.load.tail());
+        self.ledger.close();
         Ok(())
     }
 
@@ -92,7 +97,7 @@ impl Stage {
                 break;
             }
             if Instant::now() > deadline {
-                let sum = self.samples.summary(&[Kind::Http, Kind::Tcp], window.from_ms, u64::MAX)?;
+                let sum = self.samples.summary(&[Kind::Http, Kind::Tcp], Span::since(window.from_ms))?;
                 bail!(
                     "the load did not settle on {cluster} within {SETTLE_DEADLINE:?}: served by {:?}, failures {:?}",
                     sum.clusters,
@@ -102,7 +107,7 @@ impl Stage {
             sleep(Duration::from_millis(20)).await;
         }
         window.to_ms = isthmus_runtime::now();
-        let sum = self.samples.summary(&[Kind::Http, Kind::Tcp], window.from_ms, window.to_ms)?;
+        let sum = self.samples.summary(&[Kind::Http, Kind::Tcp], Span::since(window.from_ms))?;
         let affected = sum
             .last_affected_ms
             .map_or_else(|| "none affected".to_owned(), |ms| format!("last affected after {ms} ms"));
@@ -184,6 +189,12 @@ pub enum Part<'a> {
     Dns,
     Gateway(&'a str),
     App(&'a str),
+}
+
+fn which(program: &str) -> anyhow::Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    ensure!(std::env::split_paths(&path).any(|dir| dir.join(program).is_file()), "{program} is not on the PATH");
+    Ok(())
 }
 
 /// Runs the real `dig` against `server` and returns the response's status and the answers' data.
