@@ -42,6 +42,7 @@ use crate::{
         state::{Event, Members, Own, State},
     },
     local::{LocalService, Parts, admin::Admin, auth::Realm, tokens::Tokens},
+    lock::StateLock,
     metrics::Metrics,
     source::{Source, folder::Manifests},
     status::{Area, StatusBoard, problem},
@@ -60,6 +61,10 @@ use crate::{
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// Largest message of a gateway, DNS server or launcher: an availability report of a large federation.
 const MAX_MESSAGE: usize = 16 * 1024 * 1024;
+/// For a call's request to arrive and be answered; a feed's first answer counts.
+const CALL_DEADLINE: Duration = Duration::from_secs(15);
+/// Calls, feeds included, under way on one connection.
+const MAX_CALLS: u32 = 64;
 
 struct Gates {
     manifests: Gate,
@@ -92,9 +97,9 @@ struct Started {
     known: Known,
 }
 
-/// Starts all tasks.
-pub(crate) fn start(bound: Bound) -> Tasks {
-    let Bound { config, files, ca, tokens, membership, local, local_addr, admin, health } = bound;
+/// Starts all tasks; the lock is to be held until they have ended.
+pub(crate) fn start(bound: Bound) -> (Tasks, StateLock) {
+    let Bound { lock, config, files, ca, tokens, membership, local, local_addr, admin, health } = bound;
     let tasks = Tasks::new();
     let mut registry = Registry::default();
     let metrics = Metrics::new(&mut registry);
@@ -110,10 +115,13 @@ pub(crate) fn start(bound: Bound) -> Tasks {
     tasks.spawn("source", source.run(tasks.shutdown()));
 
     let (global, known) = match &membership {
-        Membership::Joined { pins, .. } => restore(&config, &ca, pins, &files.disk, &status),
-        Membership::Joining(_) => (nothing(&ca.bundle()), None),
+        Membership::Joined { pins, .. } | Membership::Joining { was: Some((_, pins)), .. } => {
+            let (global, known) = restore(&config, &ca, pins, &files.disk, &status);
+            (global, Some(known))
+        }
+        Membership::Joining { was: None, .. } => (nothing(&ca.bundle()), None),
     };
-    if known.is_some() {
+    if global.stamp != Stamp::default() {
         metrics.revision(global.stamp);
         gates.global.ready();
     }
@@ -161,7 +169,9 @@ pub(crate) fn start(bound: Bound) -> Tasks {
                 Membership::Joined { member, svid, pins } => {
                     Started { member, svid, known: known.unwrap_or(Known { raw: None, pins }) }
                 }
-                Membership::Joining(token) => agent.join(&token, &gates.join).await?,
+                Membership::Joining { token, was } => {
+                    agent.join(&token, was.map(|(member, _)| member), known, &gates.join).await?
+                }
             };
             gates.join.ready();
             agent.serve(started, gates.global, &gates.listener)
@@ -176,7 +186,7 @@ pub(crate) fn start(bound: Bound) -> Tasks {
         shutdown.requested().await;
         Ok(())
     });
-    tasks
+    (tasks, lock)
 }
 
 /// What was last accepted, judged again; an empty federation if there is nothing usable.
@@ -186,20 +196,26 @@ fn restore(
     pins: &Pins,
     disk: &Disk,
     status: &StatusBoard,
-) -> (GlobalSnapshot, Option<Known>) {
-    let Some(raw) = load_global(&disk.global, status) else {
-        return (nothing(&pins.federation), None);
-    };
+) -> (GlobalSnapshot, Known) {
+    let unknown = || (nothing(&pins.federation), Known { raw: None, pins: pins.clone() });
+    let Some(raw) = load_global(&disk.global, status) else { return unknown() };
     match admit(&raw, pins, (&config.cluster, &ca.bundle())) {
-        Ok(Admitted { snapshot, pins, problems }) => {
+        Ok(Admitted { snapshot, pins: judged, problems }) => {
             tracing::info!(stamp = %snapshot.stamp, "serving the last known state of the federation");
             status.set_problems(Area::Federation, problems);
-            (snapshot, Some(Known { raw: Some(Arc::new(raw)), pins }))
+            // The next state saves them only if it changes them again.
+            if judged != *pins
+                && let Err(e) = save_pins(&disk.pins, &judged)
+            {
+                tracing::error!("the believed bundles and revocations cannot be saved: {e}");
+                status.set_problems(Area::GlobalStore, vec![problem("state folder", e)]);
+            }
+            (snapshot, Known { raw: Some(Arc::new(raw)), pins: judged })
         }
         Err(refused) => {
             tracing::error!("the last known state of the federation is not used: {}", chain(&refused));
             status.set_problems(Area::Refused, vec![problem("state folder", chain(&refused))]);
-            (nothing(&pins.federation), None)
+            unknown()
         }
     }
 }
@@ -217,6 +233,7 @@ fn start_hub(
         trust_domain: config.trust_domain.clone(),
         vip_range: config.vip_range,
         zone: config.locality.zone.clone(),
+        workload_lifetime: config.workload_certificate_lifetime,
     };
     let members = load_members(&disk);
     for name in members.gateways.keys() {
@@ -245,15 +262,28 @@ fn load_members(disk: &LastKnownGood) -> Members {
 }
 
 impl Agent {
-    async fn join(&self, token: &Token, gate: &Gate) -> Result<Started, BoxError> {
+    /// Joins; what a cluster that `was` a member has `known` stays.
+    async fn join(
+        &self,
+        token: &Token,
+        was: Option<Member>,
+        known: Option<Known>,
+        gate: &Gate,
+    ) -> Result<Started, BoxError> {
         tracing::info!(control_plane = %token.address, "joining the federation");
-        let Joined { member, svid, federation_bundle } = join::join(&self.config, token, &self.ca, gate).await?;
-        let pins = Pins { federation: federation_bundle, clusters: BTreeMap::new() };
+        let Joined { member, svid, federation_bundle } =
+            join::join(&self.config, token, was.as_ref(), &self.ca, gate).await?;
+        let Known { raw, pins } =
+            known.unwrap_or_else(|| Known { raw: None, pins: Pins::new(federation_bundle.clone()) });
+        // Whoever brings a token decides anew whom the cluster believes as its federation, and nothing else.
+        let pins = Pins { federation: federation_bundle, ..pins };
         save_pins(&self.disk.pins, &pins)?;
         join::save(&self.config.state_dir, &member)?;
         tracing::info!(federation = %member.federation, id = %svid.id(), "joined the federation");
-        self.hub.send(Event::Global(Arc::new(nothing(&pins.federation)))).await?;
-        Ok(Started { member, svid, known: Known { raw: None, pins } })
+        if raw.is_none() {
+            self.hub.send(Event::Global(Arc::new(nothing(&pins.federation)))).await?;
+        }
+        Ok(Started { member, svid, known: Known { raw, pins } })
     }
 
     /// Starts everything that needs the certificate.
@@ -321,6 +351,8 @@ impl Agent {
         let server = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE))
+            .max_concurrent_streams(MAX_CALLS)
+            .timeout(CALL_DEADLINE)
             .add_service(LocalServer::new(service).max_decoding_message_size(MAX_MESSAGE))
             .add_service(self.ads.into_server());
         let shutdown = self.tasks.shutdown();
@@ -361,10 +393,7 @@ async fn observe(
         let exports = intent.borrow_and_update().as_ref().map_or(0, |i| i.exports.len());
         metrics.exports.set(i64::try_from(exports).unwrap_or(i64::MAX));
         // What was saved before is good enough to serve from, though not to publish from.
-        let serving = {
-            let manifests = manifests.borrow_and_update();
-            manifests.synced || !manifests.files.is_empty()
-        };
+        let serving = manifests.borrow_and_update().are_known();
         match serving {
             true => gate.ready(),
             false => gate.unready("the manifests folder has not been read yet; the log says why"),

@@ -15,6 +15,7 @@ use isthmus_identity::{
     svid::Svid,
     token::Token,
 };
+use isthmus_model::time::Timestamp;
 use isthmus_runtime::{
     files::LastKnownGood,
     health::{self, HealthError, HealthListener},
@@ -30,10 +31,11 @@ use crate::{
         admin::{self, AdminError},
         tokens::{TokenError, Tokens},
     },
+    lock::{LockError, StateLock},
     uplink::{
         Disk,
         admit::Pins,
-        join::{self, JoinError, Member},
+        join::{self, JoinError, Loaded, Member},
     },
 };
 
@@ -53,7 +55,10 @@ pub enum BuildError {
         /// Why.
         source: io::Error,
     },
-    /// A second agent, or a socket that cannot be bound.
+    /// A second agent.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A socket that cannot be bound.
     #[error(transparent)]
     Admin(#[from] AdminError),
     /// `listen.local`.
@@ -81,6 +86,7 @@ pub enum BuildError {
 
 /// An agent that has its addresses and files, and runs nothing yet.
 pub struct Bound {
+    pub(crate) lock: StateLock,
     pub(crate) config: Config,
     pub(crate) files: Files,
     pub(crate) ca: Arc<CertificateAuthority>,
@@ -96,8 +102,8 @@ pub struct Bound {
 pub(crate) enum Membership {
     /// It is.
     Joined { member: Member, svid: Svid, pins: Pins },
-    /// It will be, with this token.
-    Joining(Token),
+    /// It will be, with this token; what it believed if it was one before.
+    Joining { token: Token, was: Option<(Member, Pins)> },
 }
 
 /// Last-known-good state.
@@ -124,21 +130,28 @@ pub async fn build(config: Config) -> Result<Bound, BuildError> {
     let dir = &config.state_dir;
     make_dir(dir)?;
     // First of all: it keeps a second agent off the files.
-    let admin = admin::bind(dir).await?;
+    let lock = StateLock::take(dir)?;
+    let admin = admin::bind(&lock)?;
     let ca = Arc::new(CertificateAuthority::load_or_create(&dir.join("ca"), &config.trust_domain)?);
     let tokens = Tokens::open(dir.join("tokens.json"))?;
     let files = Files::of(dir);
-    let membership = match join::load(&config)? {
-        Some((member, svid)) => {
-            let pins = load_pins(&files.disk.pins).map_err(BuildError::Pins)?;
-            Membership::Joined { member, svid, pins }
+    let pins = || load_pins(&files.disk.pins).map_err(BuildError::Pins);
+    let membership = match join::load(&config, Timestamp(isthmus_runtime::now()))? {
+        Loaded::Member { member, svid } => Membership::Joined { member, svid, pins: pins()? },
+        Loaded::Lapsed { member, lapse } => {
+            let token = join::token(&config).map_err(|why| JoinError::Lapsed {
+                lapse,
+                cluster: config.cluster.clone(),
+                why: Box::new(why),
+            })?;
+            Membership::Joining { token, was: Some((member, pins()?)) }
         }
-        None => Membership::Joining(join::token(&config)?),
+        Loaded::Never => Membership::Joining { token: join::token(&config)?, was: None },
     };
     let local = bind_tcp(config.listen.local, "listen.local").await?;
     let local_addr = local.local_addr().map_err(BuildError::Address)?;
     let health = health::bind(config.listen.health).await?;
-    Ok(Bound { config, files, ca, tokens, membership, local, local_addr, admin, health })
+    Ok(Bound { lock, config, files, ca, tokens, membership, local, local_addr, admin, health })
 }
 
 fn make_dir(path: &Path) -> Result<(), BuildError> {
@@ -168,11 +181,13 @@ impl Bound {
 
     /// Runs until SIGTERM, SIGINT or a failure.
     pub async fn run(self) -> Result<(), TaskError> {
-        agent::start(self).run(GRACE).await
+        let (tasks, _lock) = agent::start(self);
+        tasks.run(GRACE).await
     }
 
     /// Runs until `stop` resolves, for tests.
     pub async fn run_until(self, stop: impl Future<Output = ()>) -> Result<(), TaskError> {
-        agent::start(self).run_until(stop, GRACE).await
+        let (tasks, _lock) = agent::start(self);
+        tasks.run_until(stop, GRACE).await
     }
 }

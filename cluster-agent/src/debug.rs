@@ -3,7 +3,7 @@
 //! A summary, not an interface: its fields may change. It holds no secrets.
 
 use axum::{Json, Router, extract::State, routing::get};
-use isthmus_model::{failover::choose, time::Timestamp};
+use isthmus_model::{failover::choose, local::Endpoint, time::Timestamp};
 use serde_json::{Value, json};
 
 use crate::{
@@ -22,11 +22,11 @@ async fn view(State((hub, status)): State<(Hub, StatusBoard)>) -> Json<Value> {
     let now = Timestamp(isthmus_runtime::now());
     let endpoints: serde_json::Map<String, Value> = view
         .endpoints
+        .services
         .iter()
         .map(|(service, endpoints)| {
-            let endpoint = |e: &crate::view::LocalEndpoint| {
-                json!({ "ip": e.ip, "ports": e.ports, "ready": e.ready, "hasSidecar": e.has_sidecar })
-            };
+            let endpoint =
+                |e: &Endpoint| json!({ "ip": e.ip, "ports": e.ports, "ready": e.ready, "hasSidecar": e.has_sidecar });
             (service.to_string(), endpoints.iter().map(endpoint).collect())
         })
         .collect();

@@ -13,6 +13,7 @@ mod debug;
 pub mod hub;
 pub mod index;
 pub mod local;
+pub mod lock;
 mod metrics;
 pub mod sidecar;
 pub mod source;

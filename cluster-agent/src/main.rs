@@ -97,7 +97,7 @@ async fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("isthmus-agent: {error:#}");
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }

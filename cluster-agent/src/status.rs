@@ -84,8 +84,13 @@ impl StatusBoard {
 
     /// What the sidecar's Envoy refuses now (its NACKs); empty when it accepts everything.
     pub fn sidecar_problem(&self, name: &str, problems: Vec<String>) {
+        self.consumer_problems(ConsumerKind::Sidecar, name, problems);
+    }
+
+    /// What keeps a consumer from doing all it should, whole; empty when nothing does.
+    pub fn consumer_problems(&self, kind: ConsumerKind, name: &str, problems: Vec<String>) {
         let problems = problems.into_iter().take(limits::CONSUMER_PROBLEMS).map(cut).collect();
-        self.update(ConsumerKind::Sidecar, name, |c| c.problems = problems);
+        self.update(kind, name, |c| c.problems = problems);
     }
 
     /// The sidecar's ADS stream came up or went down.
@@ -238,6 +243,16 @@ mod tests {
         assert_eq!(all.len(), 1 + MAX_PROBLEMS + 1);
         board.set_problems(Area::Uplink, Vec::new());
         assert_eq!(board.standing().problems, vec![problem("a.yaml:3", "bad")]);
+    }
+
+    #[test]
+    fn a_consumers_problems_are_replaced_whole_and_stay_bounded() {
+        let board = StatusBoard::new();
+        let problems = |board: &StatusBoard| board.standing().consumers[0].problems.clone();
+        board.consumer_problems(ConsumerKind::Gateway, "gateway-1", vec!["a port is taken".to_owned(); 500]);
+        assert_eq!(problems(&board).len(), limits::CONSUMER_PROBLEMS);
+        board.consumer_problems(ConsumerKind::Gateway, "gateway-1", Vec::new());
+        assert!(problems(&board).is_empty());
     }
 
     #[test]

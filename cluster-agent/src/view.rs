@@ -3,75 +3,33 @@
 //! In: the global state, the cluster's own endpoints, its gateways and sidecars, and the evidence about remote clusters.
 //! Out: `watch<Arc<View>>`. Nobody writes to a published view; a change makes a new one.
 
-use std::{
-    collections::BTreeMap,
-    net::{IpAddr, SocketAddr},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use ipnet::Ipv4Net;
 use isthmus_model::{
     availability::Observations,
     global::GlobalSnapshot,
-    ids::{ClusterName, PortName, ServiceName, SpiffeId},
-    service::AppProtocol,
+    ids::{ClusterName, SpiffeId},
+    local::{self, LocalEndpoints},
 };
 use serde::{Deserialize, Serialize};
 
-/// One endpoint of a local Service.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LocalEndpoint {
-    /// Where its sidecar (or, without one, the app) listens.
-    pub ip: IpAddr,
-    /// Service port name → port number at the endpoint.
-    pub ports: BTreeMap<PortName, u16>,
-    /// Ready by its EndpointSlice and by its sidecar's probe of the app.
-    pub ready: bool,
-    /// Only endpoints with a sidecar get traffic from the mesh.
-    pub has_sidecar: bool,
-}
-
-/// A gateway of this cluster, as it registered.
+/// A gateway of this cluster.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LocalGateway {
-    /// Unique within the cluster.
-    pub name: String,
-    /// UDP address for peers.
-    pub tunnel: SocketAddr,
-    /// Where local sidecars dial it.
-    pub ip: IpAddr,
-    /// The gateway chooses the cluster.
-    pub auto_port: u16,
-    /// Traffic pinned to the cluster with index i enters at this plus i.
-    pub pinned_port_base: u16,
+    /// As it registered.
+    pub hello: local::LocalGateway,
     /// On its way out: takes no new traffic.
     pub draining: bool,
 }
 
-/// One port on which a sidecar accepts traffic for its app.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InboundPort {
-    /// Where Envoy listens, on the sidecar's address.
-    pub port: u16,
-    /// Where the app listens.
-    pub app: SocketAddr,
-    /// What the app speaks.
-    pub protocol: AppProtocol,
-}
-
-/// A sidecar, as its launcher registered it.
+/// A sidecar, and who it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sidecar {
-    /// Unique within the cluster; Envoy's node id.
-    pub name: String,
+    /// As its launcher registered it. It gets configuration for its upstreams and nothing else.
+    pub hello: local::Sidecar,
     /// From the launcher's certificate.
     pub identity: SpiffeId,
-    /// Equals its EndpointSlice address.
-    pub address: IpAddr,
-    /// What it accepts.
-    pub inbound: Vec<InboundPort>,
-    /// What its workload calls; it gets configuration for nothing else.
-    pub upstreams: Vec<ServiceName>,
 }
 
 /// The agent's whole knowledge at one moment.
@@ -83,8 +41,10 @@ pub struct View {
     pub vip_range: Ipv4Net,
     /// The federation at one revision.
     pub global: Arc<GlobalSnapshot>,
-    /// Local endpoints by Service.
-    pub endpoints: Arc<BTreeMap<ServiceName, Vec<LocalEndpoint>>>,
+    /// This cluster's objects were read, from the folder or from what was saved of it. Until then `endpoints` says nothing.
+    pub objects_known: bool,
+    /// Of every local Service; the ports of a global one by the global ports' names.
+    pub endpoints: Arc<LocalEndpoints>,
     /// By name. Kept over an agent's restart.
     pub gateways: BTreeMap<String, LocalGateway>,
     /// By name. Kept over an agent's restart.

@@ -1,4 +1,4 @@
-//! The agent in process, against a control plane that speaks the real protocol: join, publish, feed, restart.
+//! The agent in process, against a control plane that speaks the real protocol: join, publish, feed.
 
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic, reason = "a test fails by panicking")]
 
@@ -6,111 +6,22 @@ mod support;
 
 use std::fs;
 
-use isthmus_agent::local::tokens::Subject;
 use isthmus_api::proto::{
     common::v1 as common,
     local::v1::{
-        AppReadiness, AvailabilityReport, GatewayHello, GatewayMessage, GatewayUpdate, InboundPort, LocalEndpoints,
-        PortReadiness, RenewRequest, SidecarHello, SidecarMessage, gateway_message, gateway_update,
-        local_client::LocalClient, sidecar_message, sidecar_update,
+        AppReadiness, AvailabilityReport, GatewayMessage, PortReadiness, Problems, RenewRequest, SidecarMessage,
+        gateway_message, sidecar_message, sidecar_update,
     },
 };
 use isthmus_identity::{keys::KeyPair, token::Token};
-use support::{Agent, ControlPlane, DEADLINE, Home, enrol, eventually};
+use support::{
+    Agent, ControlPlane, DEADLINE, Home,
+    clients::{Gateway, cart, gateway, is_ready, joined, sidecar},
+    enrol, eventually,
+};
 use tokio::{net::TcpListener, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Streaming, transport::Channel};
-
-const CART: &str = "apiVersion: v1
-kind: Service
-metadata: {name: cart, namespace: shop}
-spec: {ports: [{name: http, port: 80, appProtocol: http}]}
----
-apiVersion: multicluster.x-k8s.io/v1beta1
-kind: ServiceExport
-metadata: {name: cart, namespace: shop}
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {name: cart-1, namespace: shop, labels: {kubernetes.io/service-name: cart}}
-addressType: IPv4
-ports: [{name: http, port: 15080}]
-endpoints: [{addresses: [127.1.1.21]}]
-";
-
-fn gateway() -> Subject {
-    Subject::Gateway("gateway-1".to_owned())
-}
-
-fn cart() -> Subject {
-    Subject::Workload { namespace: "shop".parse().unwrap(), service_account: "cart".to_owned() }
-}
-
-/// A joined agent that has the federation's first state.
-async fn joined() -> (ControlPlane, Home, Agent) {
-    let control = ControlPlane::start().await;
-    let home = Home::new(&control.join_token());
-    home.write("cart.yaml", CART);
-    let agent = home.start().await;
-    eventually("the cluster has joined", async || control.joined.lock().unwrap().is_some()).await;
-    control.set_state(1);
-    agent.ready().await;
-    (control, home, agent)
-}
-
-/// One end of a gateway's feed.
-struct Gateway {
-    up: mpsc::Sender<GatewayMessage>,
-    down: Streaming<GatewayUpdate>,
-}
-
-impl Gateway {
-    async fn connect(client: &mut LocalClient<Channel>) -> Self {
-        let (up, messages) = mpsc::channel(8);
-        let gateway = Self { down: client.gateway_feed(ReceiverStream::new(messages)).await.unwrap().into_inner(), up };
-        let hello = GatewayHello {
-            name: "gateway-1".to_owned(),
-            tunnel_address: "127.1.1.11:15443".to_owned(),
-            local_ip: "127.1.1.11".to_owned(),
-            auto_port: 15440,
-            pinned_port_base: 15500,
-        };
-        gateway.say(gateway_message::Kind::Hello(hello)).await;
-        gateway
-    }
-
-    async fn say(&self, kind: gateway_message::Kind) {
-        self.up.send(GatewayMessage { kind: Some(kind) }).await.unwrap();
-    }
-
-    async fn hear(&mut self) -> gateway_update::Kind {
-        timeout(DEADLINE, self.down.message()).await.unwrap().unwrap().unwrap().kind.unwrap()
-    }
-
-    async fn revision(&mut self, revision: u64) {
-        loop {
-            if let gateway_update::Kind::Global(global) = self.hear().await
-                && global.stamp.unwrap().revision == revision
-            {
-                return;
-            }
-        }
-    }
-
-    async fn endpoints(&mut self, wanted: impl Fn(&LocalEndpoints) -> bool) {
-        loop {
-            if let gateway_update::Kind::Endpoints(endpoints) = self.hear().await
-                && wanted(&endpoints)
-            {
-                return;
-            }
-        }
-    }
-}
-
-fn is_ready(endpoints: &LocalEndpoints) -> bool {
-    endpoints.services.iter().flat_map(|s| &s.endpoints).any(|e| e.ready && e.has_sidecar)
-}
+use tonic::Code;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_agent_joins_publishes_its_exports_and_reports_where_it_stands() {
@@ -171,11 +82,15 @@ async fn a_gateway_enrols_gets_state_and_endpoints_and_is_published() {
     feed.revision(2).await;
     feed.say(gateway_message::Kind::Applied(common::Stamp { epoch: 1, revision: 2 })).await;
     feed.say(gateway_message::Kind::Availability(AvailabilityReport::default())).await;
+    feed.say(gateway_message::Kind::Problems(Problems { texts: vec!["a port is taken".to_owned()] })).await;
     eventually("the gateway is published and its revision reported", async || {
         let seen = control.seen.lock().unwrap();
         let published = seen.publications.last().is_some_and(|p| p.gateways.len() == 1);
         let gateway = seen.status.consumers.iter().find(|c| c.name == "gateway-1");
-        published && gateway.is_some_and(|g| g.connected && g.applied == Some(support::stamp(2)))
+        published
+            && gateway.is_some_and(|g| {
+                g.connected && g.applied == Some(support::stamp(2)) && g.problems == ["a port is taken"]
+            })
     })
     .await;
     drop(feed);
@@ -196,17 +111,7 @@ async fn a_sidecar_registers_gets_bundles_and_its_readiness_reaches_gateways() {
     let (mut client, svid) = enrol(&home.mint(cart()).await).await.unwrap();
     assert_eq!(svid.id().as_str(), "spiffe://us-east.example/ns/shop/sa/cart");
 
-    let (up, messages) = mpsc::channel(8);
-    let mut down = client.sidecar_feed(ReceiverStream::new(messages)).await.unwrap().into_inner();
-    let inbound =
-        InboundPort { port: 15080, app: "127.0.0.1:18080".to_owned(), protocol: common::AppProtocol::Http.into() };
-    let hello = SidecarHello {
-        name: "cart-1".to_owned(),
-        address: "127.1.1.21".to_owned(),
-        inbound: vec![inbound],
-        upstreams: Vec::new(),
-    };
-    up.send(SidecarMessage { kind: Some(sidecar_message::Kind::Hello(hello)) }).await.unwrap();
+    let (up, mut down) = sidecar(&mut client).await;
     let mut hear = async || timeout(DEADLINE, down.message()).await.unwrap().unwrap().unwrap().kind.unwrap();
     assert!(matches!(hear().await, sidecar_update::Kind::Registered(_)));
     let sidecar_update::Kind::Trust(trust) = hear().await else { panic!("bundles follow") };
@@ -222,38 +127,6 @@ async fn a_sidecar_registers_gets_bundles_and_its_readiness_reaches_gateways() {
     feed.endpoints(is_ready).await;
     say(false).await;
     feed.endpoints(|e| !is_ready(e)).await;
-    agent.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn without_a_control_plane_a_restarted_agent_serves_what_it_knew() {
-    let (control, home, agent) = joined().await;
-    let (mut client, _) = enrol(&home.mint(gateway()).await).await.unwrap();
-    let mut feed = Gateway::connect(&mut client).await;
-    feed.revision(1).await;
-    eventually("the gateway is known", async || agent.get("/debug/view").await.contains("gateway-1")).await;
-    agent.stop().await;
-    control.stop().await;
-
-    // The join token is used up and gone; so is the folder of manifests.
-    fs::remove_file(home.dir.path().join("join.token")).unwrap();
-    fs::rename(home.dir.path().join("manifests"), home.dir.path().join("elsewhere")).unwrap();
-    let agent = home.start().await;
-    agent.ready().await;
-    let view = agent.get("/debug/view").await;
-    assert!(view.contains("gateway-1") && view.contains("shop/cart"), "{view}");
-    let (mut client, _) = {
-        // Workloads are signed by the cluster's own CA.
-        let token = home.mint(cart()).await;
-        enrol(&token).await.unwrap()
-    };
-    let csr = KeyPair::generate().unwrap().csr_der().unwrap();
-    assert!(client.renew(RenewRequest { csr }).await.is_ok());
-    // Gateways are not, and their token stays good.
-    let token = home.mint(gateway()).await;
-    for _ in 0..2 {
-        assert_eq!(enrol(&token).await.unwrap_err().code(), Code::Unavailable);
-    }
     agent.stop().await;
 }
 

@@ -46,6 +46,8 @@ pub(crate) enum Refusal {
     Bundle,
     /// Another federation's.
     Foreign,
+    /// It takes revocations back; only that part is refused.
+    Revocation,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -124,6 +126,7 @@ impl EncodeLabelValue for Refusal {
             Self::Malformed => "malformed",
             Self::Bundle => "bundle",
             Self::Foreign => "foreign",
+            Self::Revocation => "revocation",
         };
         EncodeLabelValue::encode(&label, encoder)
     }

@@ -92,6 +92,8 @@ pub struct TunnelConfig {
     pub max_streams_per_peer: u32,
     /// Connections that peers may have open, and handshakes that may be under way.
     pub max_connections: usize,
+    /// Of these, connections that the gateways of one cluster may have open together.
+    pub max_connections_per_cluster: usize,
     /// Unread bytes that one stream may hold.
     pub stream_window_bytes: u32,
     /// Unread bytes that all streams of one connection may hold.
@@ -111,6 +113,7 @@ impl Default for TunnelConfig {
             dial_backoff_max: Duration::from_secs(2),
             max_streams_per_peer: 4_096,
             max_connections: 1_024,
+            max_connections_per_cluster: 64,
             stream_window_bytes: 1 << 20,
             connection_window_bytes: 16 << 20,
             socket_buffer_bytes: 4 << 20,
@@ -139,6 +142,8 @@ pub struct IngressConfig {
     pub max_connections: usize,
     /// Of these, connections whose ClientHello is still to come.
     pub max_pending_hellos: usize,
+    /// And of those, connections from one source address.
+    pub max_pending_hellos_per_source: usize,
     /// A carried connection without a byte either way for so long is reset.
     #[serde(with = "humantime_serde")]
     pub idle_timeout: Duration,
@@ -158,6 +163,7 @@ impl Default for IngressConfig {
             max_attempts: 6,
             max_connections: 20_000,
             max_pending_hellos: 4_096,
+            max_pending_hellos_per_source: 256,
             idle_timeout: Duration::from_secs(3_600),
             replay_percent: 20,
             replay_floor_per_second: 50,
@@ -285,9 +291,11 @@ impl Validate for Config {
             ("ingress.maxAttempts", i.max_attempts),
             ("ingress.maxConnections", i.max_connections),
             ("ingress.maxPendingHellos", i.max_pending_hellos),
+            ("ingress.maxPendingHellosPerSource", i.max_pending_hellos_per_source),
             ("egress.maxStreams", e.max_streams),
             ("egress.maxEndpoints", e.max_endpoints),
             ("tunnel.maxConnections", t.max_connections),
+            ("tunnel.maxConnectionsPerCluster", t.max_connections_per_cluster),
         ] {
             check((1..=1_000_000).contains(&value), field, "use 1 to 1000000".to_owned());
         }

@@ -14,7 +14,7 @@ use std::{
 use isthmus_identity::svid;
 use isthmus_model::{
     failover::Candidate,
-    ids::{ClusterName, ServiceName, Stamp},
+    ids::{ClusterName, ServiceName},
     time::Timestamp,
 };
 use isthmus_runtime::tasks::Tasks;
@@ -29,9 +29,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     availability::LocalPool,
     config::Config,
-    ingress::budget::ReplayBudget,
+    ingress::{budget::ReplayBudget, sources::Sources},
     metrics::Metrics,
     observed::Observed,
+    standing::Standing,
     tunnel::{accept::Inbound, endpoint::Identity, registry::Registry},
     view::View,
 };
@@ -50,8 +51,8 @@ pub(crate) struct Core {
     pub(crate) inbound: Inbound,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: Tasks,
-    /// The global state whose listeners are bound: what the agent is told as applied.
-    pub(crate) in_force: watch::Sender<Option<Stamp>>,
+    /// What the agent is told of this gateway.
+    pub(crate) standing: Standing,
     /// Connections and handshakes of peers.
     pub(crate) peer_slots: Arc<Semaphore>,
     /// Streams of all peers.
@@ -60,6 +61,8 @@ pub(crate) struct Core {
     pub(crate) local_slots: Arc<Semaphore>,
     /// Of these, the ones whose ClientHello is still to come.
     pub(crate) hello_slots: Arc<Semaphore>,
+    /// And each source's share of those.
+    pub(crate) hello_sources: Arc<Sources>,
     /// Drain, step one: agent and peers are told to turn away; all is still served.
     pub(crate) draining: CancellationToken,
     /// Step two: no new connection or stream.
@@ -93,12 +96,13 @@ impl Core {
             pool: Arc::new(LocalPool::new(cluster.clone(), &config.egress, metrics.clone())),
             observed: Observed::new(cluster.clone()),
             registry: Registry::default(),
-            in_force: watch::Sender::new(None),
+            standing: Standing::new(metrics.clone()),
             inbound: Inbound::default(),
             peer_slots: slots(config.tunnel.max_connections),
             stream_slots: slots(config.egress.max_streams),
             local_slots: slots(ingress.max_connections),
             hello_slots: slots(ingress.max_pending_hellos),
+            hello_sources: Arc::new(Sources::new(ingress.max_pending_hellos_per_source)),
             draining: CancellationToken::new(),
             closing: CancellationToken::new(),
             stop: CancellationToken::new(),

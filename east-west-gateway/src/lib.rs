@@ -23,6 +23,7 @@ mod metrics;
 mod observed;
 mod serve;
 mod splice;
+mod standing;
 #[cfg(test)]
 mod testkit;
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! The gateway's command line.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser;
@@ -37,9 +37,19 @@ struct Arguments {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
     isthmus_identity::install_crypto();
-    let arguments = Arguments::parse();
+    match run(&Arguments::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The chain in one line, without a backtrace: what is wrong is for the operator, not for us.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config: Config = config::load(&arguments.config, "ISTHMUS_GATEWAY")?;
     if arguments.check_config {
         println!("{} is valid", arguments.config.display());

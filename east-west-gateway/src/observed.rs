@@ -24,8 +24,29 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Observed {
     own: ClusterName,
-    inner: Mutex<Observations>,
+    inner: Mutex<Inner>,
     version: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    known: Observations,
+    /// Of an earlier run: the history that the first word on each goes on from. It decides nothing by itself, since
+    /// only an own tunnel tells what can be reached.
+    past: Observations,
+}
+
+impl Inner {
+    fn observe(&mut self, service: &ServiceName, cluster: &ClusterName, word: Availability, now: Timestamp) -> bool {
+        if self.known.find(service, cluster).is_none()
+            && let Some(past) = self.past.take(service, cluster)
+        {
+            self.known.recall(service, cluster, past);
+            self.known.observe(service, cluster, word, now);
+            return true;
+        }
+        self.known.observe(service, cluster, word, now)
+    }
 }
 
 impl Observed {
@@ -44,31 +65,46 @@ impl Observed {
         self.version.send_modify(|v| *v += 1);
     }
 
+    /// Goes on from what an earlier run has observed.
+    pub(crate) fn recall(&self, past: Observations) {
+        self.lock().past = past;
+    }
+
+    /// What the next run may go on from.
+    pub(crate) fn history(&self) -> Observations {
+        let inner = self.lock();
+        let mut all = inner.known.clone();
+        for (service, cluster, past) in inner.past.iter() {
+            all.recall(service, cluster, *past);
+        }
+        all
+    }
+
     /// Brings what is known of the remote `cluster` up to date. `evidence` is asked under the lock, so that of two
     /// refreshes at once the later one wins with the later evidence.
     pub(crate) fn refresh(&self, cluster: &ClusterName, view: &View, evidence: impl FnOnce() -> Option<Evidence>) {
         let now = now();
-        let mut known = self.lock();
+        let mut inner = self.lock();
         let mut changed = false;
         match (evidence(), &view.global) {
             (Some(evidence), Some(global)) if view.is_active(cluster) => {
-                known.retain(|service, c| {
+                inner.known.retain(|service, c| {
                     let keep = c != cluster || exports(global, service, cluster);
                     changed |= !keep;
                     keep
                 });
                 for service in global.services.values().filter(|s| s.exporters.contains_key(cluster)) {
-                    if let Some(word) = word(&service.name, cluster, &evidence, &known) {
-                        changed |= known.observe(&service.name, cluster, word, now);
+                    if let Some(word) = word(&service.name, cluster, &evidence, &inner.known) {
+                        changed |= inner.observe(&service.name, cluster, word, now);
                     }
                 }
             }
-            _ => known.retain(|_, c| {
+            _ => inner.known.retain(|_, c| {
                 changed |= c == cluster;
                 c != cluster
             }),
         }
-        drop(known);
+        drop(inner);
         if changed {
             self.touch();
         }
@@ -77,10 +113,15 @@ impl Observed {
     /// Brings what is known of the own cluster up to date.
     pub(crate) fn refresh_own(&self, table: &Table) {
         let now = now();
-        let mut known = self.lock();
-        known.retain(|service, c| c != &self.own || table.contains_key(service));
+        let mut inner = self.lock();
+        inner.known.retain(|service, c| c != &self.own || table.contains_key(service));
+        let mut changed = false;
         for (service, word) in table {
-            known.observe(service, &self.own, *word, now);
+            changed |= inner.observe(service, &self.own, *word, now);
+        }
+        drop(inner);
+        if changed {
+            self.touch();
         }
     }
 
@@ -97,15 +138,15 @@ impl Observed {
         port: u16,
         global: &GlobalSnapshot,
     ) -> Vec<Candidate> {
-        failover::choose(service, Some(port), caller, global, &self.lock(), now())
+        failover::choose(service, Some(port), caller, global, &self.lock().known, now())
     }
 
     /// All that is known of remote clusters.
     pub(crate) fn report(&self) -> Vec<Report> {
-        self.lock().reports().filter(|report| report.cluster != self.own).collect()
+        self.lock().known.reports().filter(|report| report.cluster != self.own).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Observations> {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
         // Every section leaves the state whole, so a panic in another one does not spoil it.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -164,6 +205,24 @@ mod tests {
         assert_eq!(eligibility(&observed, &view), Eligibility::Unreachable);
         observed.refresh(&cluster("west"), &view, || evidence(true, Some(2)));
         assert!(matches!(eligibility(&observed, &view), Eligibility::HoldDown { .. }));
+    }
+
+    #[test]
+    fn a_restart_ends_no_hold_down_and_is_no_recovery_by_itself() {
+        let view = View { global: Some(federation(&["east", "west"]).into()), ..View::default() };
+        let restarted = |words: &[Option<u8>]| {
+            let before = Observed::new(cluster("east"));
+            words.iter().for_each(|ready| before.refresh(&cluster("west"), &view, || evidence(true, *ready)));
+            let after = Observed::new(cluster("east"));
+            after.recall(before.history());
+            assert_eq!(after.history(), before.history(), "another restart at once loses nothing");
+            assert_eq!(eligibility(&after, &view), Eligibility::Unknown, "only an own tunnel tells");
+            after.refresh(&cluster("west"), &view, || evidence(true, Some(2)));
+            eligibility(&after, &view)
+        };
+        assert_eq!(restarted(&[Some(2)]), Eligibility::Ready);
+        assert!(matches!(restarted(&[Some(2), Some(0), Some(2)]), Eligibility::HoldDown { .. }));
+        assert!(matches!(restarted(&[Some(2), Some(0)]), Eligibility::HoldDown { .. }), "it returned meanwhile");
     }
 
     #[test]

@@ -198,6 +198,9 @@ impl Starting {
             metrics: self.metrics,
             tasks: self.tasks.clone(),
         }));
+        if let Some(agent) = &agent {
+            core.observed.recall(agent.past(&core.metrics));
+        }
         core.pool.set_view(core.current_view());
         core.observed.refresh_own(&core.pool.table().borrow());
         self.inspector.attach(core.clone());
@@ -211,7 +214,7 @@ impl Starting {
         tasks.spawn("ingress.listen", ingress::listen(core.clone(), self.auto, self.inspector.listeners()));
         tasks.spawn("pool.probe", core.pool.clone().probe(core.stop.clone()));
         tasks.spawn("pool.view", keep_own_house(core.clone()));
-        tasks.spawn("readiness", ready_once_in_force(core.clone(), self.gates.listening));
+        tasks.spawn("readiness", ready_once_tried(core.clone(), self.gates.listening));
         if let Some(agent) = agent {
             let hello = GatewayHello {
                 name: core.config.name.clone(),
@@ -221,6 +224,7 @@ impl Starting {
                 pinned_port_base: core.config.listen.pinned_port_base.into(),
             };
             tasks.spawn("feed.follow", agent.clone().follow(core.clone(), hello));
+            tasks.spawn("feed.remember", agent.clone().remember(core.clone()));
             tasks.spawn("feed.renew", agent.renew(core.clone()));
         }
         shutdown.requested().await;
@@ -252,9 +256,6 @@ async fn keep_own_house(core: Arc<Core>) {
                     return;
                 }
                 let now = view.borrow_and_update().clone();
-                if let Some(global) = &now.global {
-                    core.metrics.applied(global.stamp);
-                }
                 core.pool.set_view(now);
             }
             _ = table.changed() => {
@@ -266,10 +267,11 @@ async fn keep_own_house(core: Arc<Core>) {
     }
 }
 
-async fn ready_once_in_force(core: Arc<Core>, gate: Gate) {
-    let mut in_force = core.in_force.subscribe();
+/// A port that is taken does not make the gateway unready: the others serve.
+async fn ready_once_tried(core: Arc<Core>, gate: Gate) {
+    let mut tried = core.standing.tried();
     tokio::select! {
-        reached = in_force.wait_for(Option::is_some) => if reached.is_ok() { gate.ready() },
+        reached = tried.wait_for(|tried| *tried) => if reached.is_ok() { gate.ready() },
         () = core.stop.cancelled() => {}
     }
 }

@@ -39,6 +39,9 @@ pub struct Config {
     /// Logs and traces.
     #[serde(default)]
     pub telemetry: TelemetryConfig,
+    /// Start a new epoch. Not a key of the file, lest it happen at each start: `--new-epoch`.
+    #[serde(skip)]
+    pub new_epoch: bool,
 }
 
 /// Listening addresses. Port 0 takes any free port.

@@ -168,7 +168,8 @@ impl Bound {
     }
 }
 
-/// Makes sure that the state carries the federation's bundle and the configured settings.
+/// Makes sure that the state carries the federation's bundle and the configured settings, and is of a new epoch if it
+/// was asked for.
 async fn found(group: &Group, authority: &Authority, config: &Config) -> Result<(), ProposeError> {
     let proposer = group.proposer();
     let held = group.views().borrow().global().cloned();
@@ -178,6 +179,10 @@ async fn found(group: &Group, authority: &Authority, config: &Config) -> Result<
     }
     if held.is_none_or(|global| global.settings != config.settings) {
         proposer.propose(Command::SetSettings { settings: config.settings.clone() }).await?;
+    }
+    if config.new_epoch {
+        let outcome = proposer.propose(Command::StartEpoch).await?;
+        tracing::warn!(stamp = %outcome.stamp, "a new epoch has begun: every member takes this node's state whole");
     }
     Ok(())
 }

@@ -17,12 +17,18 @@ struct Cli {
     /// Only check the configuration: exit 0 if it is good, else say all that is wrong with it.
     #[arg(long)]
     check_config: bool,
+    /// Once after the state folder was restored from a backup: makes every agent take this node's state, whatever it
+    /// holds. Agents of clusters that joined after the backup must join again, and what was revoked after it must be
+    /// revoked again. Indexes and revocations that the backup has stay.
+    #[arg(long)]
+    new_epoch: bool,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   isthmus-global-cp --config global-cp.yaml
   isthmus-global-cp --config global-cp.yaml --check-config
+  isthmus-global-cp --config global-cp.yaml --new-epoch          # once, after a restore from backup
   ISTHMUS_CP__TELEMETRY__LOG__LEVEL=debug isthmus-global-cp --config global-cp.yaml
 
 A configuration file:
@@ -55,6 +61,7 @@ fn run(args: &Cli) -> anyhow::Result<()> {
         println!("{} is valid", args.config.display());
         return Ok(());
     }
+    config.new_epoch = args.new_epoch;
     if config.telemetry.log.level == "info" {
         // The engine tells every step of an election at INFO. Whoever wants that names a filter of their own.
         config.telemetry.log.level = "info,openraft=warn".to_owned();

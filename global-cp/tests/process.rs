@@ -119,6 +119,20 @@ async fn no_acknowledged_write_is_lost_to_kill_9() {
 }
 
 #[tokio::test]
+async fn a_new_epoch_begins_only_when_it_is_asked_for() {
+    isthmus_identity::install_crypto();
+    let dir = tempfile::tempdir().unwrap();
+    let config = good_config(dir.path());
+    let mut epochs = Vec::new();
+    for args in [&[][..], &["--new-epoch"], &[]] {
+        let process = Process(program().arg("--config").arg(&config).args(args).stdin(Stdio::null()).spawn().unwrap());
+        epochs.push(admin(dir.path()).await.get("/v1/status").await["stamp"]["epoch"].clone());
+        drop(process);
+    }
+    assert_eq!(epochs, [1, 2, 2]);
+}
+
+#[tokio::test]
 async fn sigterm_drains_and_exits_cleanly() {
     isthmus_identity::install_crypto();
     let dir = tempfile::tempdir().unwrap();

@@ -18,6 +18,7 @@ use isthmus_api::proto::{
 };
 use isthmus_global_cp::build;
 use isthmus_identity::{keys::KeyPair, svid::Svid};
+use isthmus_model::global::GlobalSnapshot;
 use isthmus_runtime::wait::wait_for;
 use rustls::pki_types::CertificateDer;
 use support::{Agent, ControlPlane, Session, config, http_get};
@@ -44,7 +45,10 @@ async fn a_token_joins_once_and_each_refusal_says_what_to_do() {
     let days = svid.not_after().since(svid.not_before()).as_secs() / 86_400;
     assert_eq!(days, 30);
 
-    let used = agent.join(&token).await.unwrap_err();
+    // The answer may have got lost: the same key may ask again, another one may not.
+    agent.join(&token).await.unwrap();
+    let thief = Agent::new("us-east");
+    let used = thief.join(&token).await.unwrap_err();
     assert_eq!(used.code(), Code::PermissionDenied);
     assert!(used.message().contains("already used"), "{}", used.message());
     assert!(used.message().contains("isthmusctl cluster join-token us-east"), "{}", used.message());
@@ -97,6 +101,7 @@ async fn publications_become_snapshots_and_then_deltas() {
     let stamp = published(east_session.answer().await);
     let mut west_session = Session::open(&mut cp.client(Some(&west_svid)), "us-west", None).await.unwrap();
     let snapshot = west_session.snapshot().await;
+    let held = GlobalSnapshot::try_from(snapshot.clone()).unwrap();
     assert_eq!(snapshot.stamp, Some(stamp));
     assert_eq!(snapshot.services.len(), 2);
 
@@ -112,8 +117,16 @@ async fn publications_become_snapshots_and_then_deltas() {
     assert_eq!(delta.removed_services[0].name, "cart");
 
     // One who held the earlier state gets the difference, one who holds the latest nothing but what follows.
-    let mut again = Session::open(&mut cp.client(Some(&west_svid)), "us-west", Some(stamp)).await.unwrap();
+    let mut client = cp.client(Some(&west_svid));
+    let mut again = Session::resume(&mut client, "us-west", &held).await.unwrap();
     assert_eq!(again.delta().await, delta);
+    // One who held something else under that stamp, or does not say what, gets everything.
+    let mut other = held.clone();
+    other.services.clear();
+    let mut again = Session::resume(&mut client, "us-west", &other).await.unwrap();
+    assert_eq!(again.snapshot().await.stamp, Some(later));
+    let mut again = Session::open(&mut client, "us-west", Some(stamp)).await.unwrap();
+    assert_eq!(again.snapshot().await.stamp, Some(later));
     cp.stop().await;
 }
 
@@ -221,7 +234,33 @@ async fn an_agent_that_holds_a_later_state_is_told_and_gets_nothing() {
     let mut session = Session::open(&mut cp.client(Some(&svid)), "us-east", later).await.unwrap();
     let end = session.down.message().await.unwrap_err();
     assert_eq!(end.code(), Code::Unavailable);
-    assert!(end.message().contains("behind"), "{}", end.message());
+    assert!(end.message().contains("behind") && end.message().contains("--new-epoch"), "{}", end.message());
+    cp.stop().await;
+}
+
+#[tokio::test]
+async fn an_agent_whose_history_parted_is_told_and_a_new_epoch_brings_it_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let cp = ControlPlane::start(dir.path()).await;
+    let svid = cp.join(&Agent::new("us-east")).await;
+    let before = cp.snapshot().await;
+    // As if other changes had led to the same revision before a restore.
+    let mut parted = before.clone();
+    parted.settings.failover.hold_down += Duration::from_secs(1);
+    let mut session = Session::resume(&mut cp.client(Some(&svid)), "us-east", &parted).await.unwrap();
+    let end = session.end().await;
+    assert_eq!(end.code(), Code::Unavailable);
+    assert!(end.message().contains("--new-epoch"), "{}", end.message());
+    cp.stop().await;
+
+    let mut again = config(dir.path());
+    again.new_epoch = true;
+    let cp = ControlPlane::start_with(dir.path(), again).await;
+    let mut session = Session::resume(&mut cp.client(Some(&svid)), "us-east", &parted).await.unwrap();
+    let now = GlobalSnapshot::try_from(session.snapshot().await).unwrap();
+    assert_eq!(now.stamp.epoch.0, before.stamp.epoch.0 + 1);
+    assert!(now.stamp.revision > before.stamp.revision);
+    assert_eq!((now.clusters, now.settings), (before.clusters, before.settings));
     cp.stop().await;
 }
 
@@ -371,7 +410,10 @@ async fn a_restart_from_disk_keeps_revision_indexes_and_tokens() {
     let cp = ControlPlane::start(dir.path()).await;
     assert_eq!(cp.snapshot().await, before);
     let held = before.stamp.into();
-    let mut session = Session::open(&mut cp.client(Some(&svid)), "us-east", Some(held)).await.unwrap();
+    let mut session = Session::resume(&mut cp.client(Some(&svid)), "us-east", &before).await.unwrap();
+    // Up to date: it is connected before anything new comes.
+    let connected = async || cp.admin.get("/v1/status").await["clusters"][0]["session"]["connected"] == true;
+    wait_for("the session", Duration::from_secs(5), connected).await.unwrap();
     let moved = isthmus_identity::token::Token { address: cp.grpc.to_string(), ..token };
     west.join(&moved).await.unwrap();
     let delta = session.delta().await;

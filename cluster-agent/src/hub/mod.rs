@@ -265,6 +265,7 @@ enum Republish {
 /// Shared parts are compared by pointer: the state makes a new one only for a change.
 fn same(a: &View, b: &View) -> bool {
     Arc::ptr_eq(&a.global, &b.global)
+        && a.objects_known == b.objects_known
         && Arc::ptr_eq(&a.endpoints, &b.endpoints)
         && Arc::ptr_eq(&a.observations, &b.observations)
         && a.gateways == b.gateways

@@ -14,6 +14,7 @@ use ipnet::Ipv4Net;
 use isthmus_api::convert::{AvailabilityReport, Problem, limits};
 use isthmus_model::{
     availability::{Availability, Observations},
+    failover::{self, choose},
     global::{ClusterState, GlobalSnapshot},
     ids::{ClusterName, ServiceName, TrustDomain, Zone},
     local::{Endpoint, LocalEndpoints},
@@ -26,16 +27,16 @@ use super::reports::{self, Said};
 use crate::{
     index::{
         self, Context, Index,
-        endpoints::{Probed, exported, join},
+        endpoints::{Probed, by_global_ports, exported, join},
     },
     source::folder::Manifests,
     status::problem,
-    view::{LocalEndpoint, LocalGateway, Sidecar, View},
+    view::{LocalGateway, Sidecar, View},
 };
 
 /// Sidecars known at once, connected or not.
 const MAX_SIDECARS: usize = 10_000;
-/// A sidecar not heard of for this long is forgotten: its certificate has run out.
+/// A sidecar not heard of for this long, and for as long as its certificate may live, is forgotten.
 const FORGET_SIDECAR: Duration = Duration::from_secs(24 * 60 * 60);
 /// A gateway that said goodbye and did not come back for this long is forgotten.
 const FORGET_GATEWAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -54,6 +55,8 @@ pub struct Own {
     pub vip_range: Ipv4Net,
     /// For endpoints that name no zone.
     pub zone: Zone,
+    /// How long certificates of its workloads live.
+    pub workload_lifetime: Duration,
 }
 
 /// Something that happened.
@@ -165,7 +168,6 @@ pub struct State {
     index: Index,
     endpoints: Arc<LocalEndpoints>,
     exported: Arc<LocalEndpoints>,
-    viewed: Arc<BTreeMap<ServiceName, Vec<LocalEndpoint>>>,
     mismatches: Vec<Problem>,
     members: Members,
     gateways: BTreeMap<String, (Session, Said)>,
@@ -191,7 +193,6 @@ impl State {
             index: Index::default(),
             endpoints: Arc::default(),
             exported: Arc::default(),
-            viewed: Arc::default(),
             mismatches: Vec::new(),
             members,
             gateways: BTreeMap::new(),
@@ -210,7 +211,7 @@ impl State {
             }
             Event::Global(global) => {
                 self.global = global;
-                self.observe(now);
+                self.rejoin(now);
             }
             Event::Gateway(name, session, event) => self.gateway(name, session, event, now)?,
             Event::Sidecar(name, session, event) => self.sidecar(name, session, event, now)?,
@@ -222,7 +223,8 @@ impl State {
     pub fn tick(&mut self, now: Timestamp) {
         let live = &self.sidecars;
         let before = self.members.sidecars.len();
-        self.members.sidecars.retain(|name, r| live.contains_key(name) || now.since(r.seen) < FORGET_SIDECAR);
+        let forget = FORGET_SIDECAR.max(self.own.workload_lifetime);
+        self.members.sidecars.retain(|name, r| live.contains_key(name) || now.since(r.seen) < forget);
         if self.members.sidecars.len() != before {
             self.rejoin(now);
         }
@@ -236,10 +238,16 @@ impl State {
 
     /// When something will change without an event: a hold-down or a report's freshness ends.
     pub fn next_change(&self, now: Timestamp) -> Option<Timestamp> {
-        let hold_down = self.global.settings.failover.hold_down;
-        let recovering = self.members.observations.iter().filter_map(|(_, _, o)| Some(o.recovered_at? + hold_down));
+        let observed = &self.members.observations;
+        // Only what recovered at some time can be held down; each service once.
+        let recovered: BTreeSet<&ServiceName> =
+            observed.iter().filter(|(_, _, o)| o.recovered_at.is_some()).map(|(service, ..)| service).collect();
+        let held = recovered.into_iter().filter_map(|name| {
+            let service = self.global.services.get(name)?;
+            failover::next_change(&choose(service, None, &self.own.cluster, &self.global, observed, now))
+        });
         let stale = self.gateways.values().filter_map(|(_, said)| said.stale_at(now));
-        recovering.filter(|at| *at > now).chain(stale).min()
+        held.chain(stale).min()
     }
 
     /// Everything, immutable.
@@ -248,7 +256,8 @@ impl State {
             cluster: self.own.cluster.clone(),
             vip_range: self.own.vip_range,
             global: self.global.clone(),
-            endpoints: self.viewed.clone(),
+            objects_known: self.manifests.are_known(),
+            endpoints: self.endpoints.clone(),
             gateways: self.members.gateways.iter().map(|(name, r)| (name.clone(), r.gateway.clone())).collect(),
             sidecars: self.members.sidecars.iter().map(|(name, r)| (name.clone(), r.sidecar.clone())).collect(),
             observations: self.members.observations.clone(),
@@ -262,10 +271,13 @@ impl State {
 
     /// What to publish; `None` until the source was read whole.
     pub fn intent(&self) -> Option<Intent> {
-        let address = |r: &GatewayRecord| GatewayAddress { name: r.gateway.name.clone(), tunnel: r.gateway.tunnel };
+        let address = |LocalGateway { hello, .. }: &LocalGateway| GatewayAddress {
+            name: hello.name.clone(),
+            tunnel: hello.tunnel,
+        };
         self.manifests.synced.then(|| Intent {
             exports: self.index.exports.clone(),
-            gateways: self.members.gateways.values().map(address).collect(),
+            gateways: self.members.gateways.values().map(|r| address(&r.gateway)).collect(),
         })
     }
 
@@ -340,7 +352,8 @@ impl State {
                 return Ok(());
             }
             // The same workload again: what was last known of its app stands until its launcher has probed it.
-            let same = known.filter(|r| r.sidecar.identity == sidecar.identity && r.sidecar.address == sidecar.address);
+            let same = known
+                .filter(|r| r.sidecar.identity == sidecar.identity && r.sidecar.hello.address == sidecar.hello.address);
             let ready = same.map(|r| r.ready.clone()).unwrap_or_default();
             self.sidecars.insert(name.clone(), session);
             self.members.sidecars.insert(name, SidecarRecord { sidecar, ready, seen: now });
@@ -354,8 +367,8 @@ impl State {
         record.seen = now;
         match event {
             SidecarEvent::Readiness(ready) => {
-                let accepted: BTreeSet<_> = record.sidecar.inbound.iter().map(|i| i.port).collect();
-                record.ready = ready.into_iter().filter(|(port, _)| accepted.contains(port)).collect();
+                let accepted = &record.sidecar.hello.inbound;
+                record.ready = ready.into_iter().filter(|(port, _)| accepted.contains_key(port)).collect();
             }
             SidecarEvent::Goodbye => {
                 record.ready.clear();
@@ -371,6 +384,10 @@ impl State {
     fn reindex(&mut self, now: Timestamp) {
         let context = Context { trust_domain: &self.own.trust_domain, first_seen: &self.members.first_seen, now };
         self.index = index::build(&self.manifests.files, context);
+        if !self.manifests.are_known() {
+            // What was never read has not gone: the exports keep their ages.
+            return self.rejoin(now);
+        }
         self.members.first_seen = self.index.exports.iter().map(|(name, e)| (name.clone(), e.created_at)).collect();
         self.rejoin(now);
     }
@@ -379,9 +396,8 @@ impl State {
         let probed = self.members.sidecars.values().map(|r| Probed { sidecar: &r.sidecar, ready: &r.ready });
         let (endpoints, mismatches) = join(&self.index, probed, &self.own.zone);
         self.mismatches = mismatches;
+        let endpoints = by_global_ports(endpoints, &self.index, &self.own.cluster, &self.global);
         if *self.endpoints != endpoints {
-            self.viewed =
-                Arc::new(endpoints.services.iter().map(|(n, e)| (n.clone(), e.iter().map(viewed).collect())).collect());
             self.endpoints = Arc::new(endpoints);
         }
         let exported = exported(&self.endpoints, &self.index);
@@ -408,7 +424,7 @@ impl State {
             current.insert((service.clone(), own.clone()), local(endpoints));
         }
         let gone = |service: &ServiceName, cluster: &ClusterName| match cluster == own {
-            true => !self.endpoints.services.contains_key(service),
+            true => self.manifests.are_known() && !self.endpoints.services.contains_key(service),
             false => !exports(service, cluster),
         };
         let gone: Vec<_> = observations
@@ -434,15 +450,6 @@ fn local(endpoints: &[Endpoint]) -> Availability {
         ready: count(endpoints.iter().filter(|e| e.is_serving()).count()),
         total: count(endpoints.len()),
         reachable: true,
-    }
-}
-
-fn viewed(endpoint: &Endpoint) -> LocalEndpoint {
-    LocalEndpoint {
-        ip: endpoint.ip,
-        ports: endpoint.ports.clone(),
-        ready: endpoint.ready,
-        has_sidecar: endpoint.has_sidecar,
     }
 }
 

@@ -8,8 +8,10 @@ use std::collections::BTreeMap;
 
 use isthmus_api::{convert::Problem, manifest::SERVICE_ACCOUNTS_ANNOTATION};
 use isthmus_model::{
-    ids::{ServiceName, Zone},
+    global::GlobalSnapshot,
+    ids::{ClusterName, PortName, ServiceName, Zone},
     local::{Endpoint, LocalEndpoints},
+    merge::own_port,
 };
 
 use super::{Index, Service, SliceEndpoint};
@@ -33,7 +35,7 @@ pub fn join<'a>(
 ) -> (LocalEndpoints, Vec<Problem>) {
     let mut by_address: BTreeMap<_, Vec<Probed<'a>>> = BTreeMap::new();
     for probed in sidecars {
-        by_address.entry(probed.sidecar.address).or_default().push(probed);
+        by_address.entry(probed.sidecar.hello.address).or_default().push(probed);
     }
     let mut problems = Vec::new();
     let mut services = BTreeMap::new();
@@ -58,6 +60,31 @@ pub fn join<'a>(
     (LocalEndpoints { services }, problems)
 }
 
+/// Names the ports of endpoints as the federation does: by that name gateways and sidecars look them up. An own port that
+/// no global port stands for is left out, since another cluster's port may have its name. A Service keeps its own names
+/// for as long as the federation does not count this cluster among its exporters.
+pub fn by_global_ports(
+    mut all: LocalEndpoints,
+    index: &Index,
+    cluster: &ClusterName,
+    global: &GlobalSnapshot,
+) -> LocalEndpoints {
+    for (name, endpoints) in &mut all.services {
+        let Some(export) = index.exports.get(name) else { continue };
+        let Some(service) = global.services.get(name).filter(|s| s.exporters.contains_key(cluster)) else { continue };
+        let names: Vec<(&PortName, &PortName)> = service
+            .ports
+            .iter()
+            .filter_map(|port| Some((&port.port.name, &own_port(cluster, export, port)?.name)))
+            .collect();
+        for endpoint in endpoints {
+            let number = |own: &PortName| endpoint.ports.get(own).copied();
+            endpoint.ports = names.iter().filter_map(|(global, own)| Some(((*global).clone(), number(own)?))).collect();
+        }
+    }
+    all
+}
+
 /// Only the exported Services, for those who serve other clusters.
 pub fn exported(all: &LocalEndpoints, index: &Index) -> LocalEndpoints {
     let of = |name: &ServiceName| Some((name.clone(), all.services.get(name)?.clone()));
@@ -69,7 +96,7 @@ fn stands_for(sidecar: &Sidecar, service: &Service, slice: &SliceEndpoint) -> bo
 }
 
 fn accepts(sidecar: &Sidecar, slice: &SliceEndpoint) -> bool {
-    slice.ports.values().all(|port| sidecar.inbound.iter().any(|i| i.port == *port))
+    slice.ports.values().all(|port| sidecar.hello.inbound.contains_key(port))
 }
 
 fn answers(probed: &Probed<'_>, slice: &SliceEndpoint) -> bool {
@@ -79,9 +106,8 @@ fn answers(probed: &Probed<'_>, slice: &SliceEndpoint) -> bool {
 /// Why a sidecar at an endpoint's address does not count. A workload may stand behind several Services with a port
 /// each, so only a sidecar that has some of the ports is meant for this one.
 fn mismatch(sidecar: &Sidecar, name: &ServiceName, service: &Service, slice: &SliceEndpoint) -> Option<Problem> {
-    let missing: Vec<_> =
-        slice.ports.values().filter(|port| !sidecar.inbound.iter().any(|i| i.port == **port)).collect();
-    let at = format!("sidecar {} at {}", sidecar.name, sidecar.address);
+    let missing: Vec<_> = slice.ports.values().filter(|port| !sidecar.hello.inbound.contains_key(port)).collect();
+    let at = format!("sidecar {} at {}", sidecar.hello.name, sidecar.hello.address);
     if !missing.is_empty() {
         let message = format!(
             "Service {name} has an endpoint there with port {missing:?}, which the sidecar does not accept; add it to \

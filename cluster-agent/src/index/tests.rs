@@ -1,7 +1,11 @@
 use isthmus_api::manifest;
+use isthmus_model::{
+    local::{self, Inbound},
+    service::AppProtocol,
+};
 
 use super::{endpoints::*, *};
-use crate::view::{InboundPort, Sidecar};
+use crate::view::Sidecar;
 
 const NOW: Timestamp = Timestamp(5_000);
 const CART: &str = "apiVersion: v1
@@ -43,17 +47,14 @@ fn cart() -> ServiceName {
 }
 
 fn sidecar(account: &str, address: &str) -> Sidecar {
-    Sidecar {
+    let inbound = Inbound { app: "127.0.0.1:18080".parse().unwrap(), protocol: AppProtocol::Http };
+    let hello = local::Sidecar {
         name: "cart-1".to_owned(),
-        identity: format!("spiffe://us-east.example/ns/shop/sa/{account}").parse().unwrap(),
         address: address.parse().unwrap(),
-        inbound: vec![InboundPort {
-            port: 15080,
-            app: "127.0.0.1:18080".parse().unwrap(),
-            protocol: isthmus_model::service::AppProtocol::Http,
-        }],
-        upstreams: Vec::new(),
-    }
+        inbound: BTreeMap::from([(15080, inbound)]),
+        upstreams: BTreeSet::new(),
+    };
+    Sidecar { hello, identity: format!("spiffe://us-east.example/ns/shop/sa/{account}").parse().unwrap() }
 }
 
 fn joined(index: &Index, sidecar: &Sidecar, ready: bool) -> (LocalEndpointsOf, Vec<Problem>) {
@@ -158,7 +159,8 @@ fn a_sidecar_under_another_identity_does_not_count_and_is_named() {
 fn a_sidecar_that_lacks_the_port_is_named() {
     let index = index_of(&[("a.yaml", CART), ("c.yaml", SLICE)]);
     let mut sidecar = sidecar("cart", "127.1.1.21");
-    sidecar.inbound[0].port = 9;
+    let inbound = sidecar.hello.inbound.remove(&15080).unwrap();
+    sidecar.hello.inbound.insert(9, inbound);
     let (_, problems) = joined(&index, &sidecar, true);
     assert!(problems[0].message.contains("inbound"), "{problems:?}");
 }

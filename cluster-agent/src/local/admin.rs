@@ -1,12 +1,12 @@
 //! The administrator's door: a Unix socket in the state folder, mode 0600, where local tokens are minted; and the client
 //! of it behind `isthmus-agent token`.
 //!
-//! Whoever can open the socket administers the machine: there is no other authentication. The bound socket also keeps a
-//! second agent off the same state folder.
+//! Whoever can open the socket administers the machine: there is no other authentication. Of a leftover socket the holder
+//! of the state folder's [lock](crate::lock) disposes.
 
 use std::{
     fs, io,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{FileTypeExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -39,7 +39,7 @@ use tonic::{
 use tower::service_fn;
 
 use super::tokens::{Subject, Tokens};
-use crate::uplink::control::words;
+use crate::{lock::StateLock, uplink::control::words};
 
 /// In the state folder.
 pub const SOCKET: &str = "admin.sock";
@@ -48,28 +48,25 @@ const CALL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why the socket could not be bound.
 #[derive(Debug, thiserror::Error)]
-pub enum AdminError {
-    /// Somebody listens there.
-    #[error("another agent is running with the state folder of {0}; stop it, or give this one a stateDir of its own")]
-    InUse(PathBuf),
-    /// The system refused.
-    #[error("admin socket {path}")]
-    Io {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+#[error("admin socket {path}")]
+pub struct AdminError {
+    /// Where.
+    pub path: PathBuf,
+    /// Why.
+    pub source: io::Error,
 }
 
-/// Binds `admin.sock`; a leftover of an agent that is gone is replaced.
-pub async fn bind(state_dir: &Path) -> Result<UnixListener, AdminError> {
-    let path = state_dir.join(SOCKET);
-    let fail = |source| AdminError::Io { path: path.clone(), source };
-    match UnixStream::connect(&path).await {
-        Ok(_) => return Err(AdminError::InUse(state_dir.to_owned())),
+/// Binds `admin.sock` in a state folder that the caller has locked, so that a socket there is of an agent that is gone.
+/// Needs a runtime.
+pub fn bind(lock: &StateLock) -> Result<UnixListener, AdminError> {
+    let path = lock.dir().join(SOCKET);
+    let fail = |source| AdminError { path: path.clone(), source };
+    match fs::symlink_metadata(&path) {
+        // What is no socket was not left by an agent; binding tells that the name is taken.
+        Ok(found) if found.file_type().is_socket() => fs::remove_file(&path).map_err(fail)?,
+        Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-        Err(_) => fs::remove_file(&path).map_err(fail)?,
+        Err(e) => return Err(fail(e)),
     }
     let listener = UnixListener::bind(&path).map_err(fail)?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(fail)?;

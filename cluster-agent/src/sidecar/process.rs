@@ -128,19 +128,20 @@ pub(super) fn find_setpriv() -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        io::{BufRead, BufReader},
-        os::unix::fs::PermissionsExt,
-        path::Path,
-        process,
-        time::Duration,
-    };
+    use std::{io::Read, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
     use isthmus_runtime::wait::wait_for;
+    use tokio::{
+        io::{AsyncBufReadExt, BufReader},
+        time::timeout,
+    };
 
     use super::*;
 
+    /// Names the folder of the launcher that the test kills.
     const ROLE: &str = "ISTHMUS_TEST_ENVOY";
+    /// Only a hang takes so long; a loaded machine may need seconds to start a process.
+    const DEADLINE: Duration = Duration::from_secs(30);
 
     fn launch(envoy: &Path) -> Launch {
         Launch {
@@ -158,31 +159,49 @@ mod tests {
         state.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
     }
 
+    /// The launcher to be killed: starts a child in Envoy's place, tells its pid, and lives for as long as the test.
+    async fn be_launcher(dir: &Path) {
+        // Written here, where no other thread starts processes: one that inherited the open file would keep it "busy".
+        let envoy = dir.join("envoy");
+        std::fs::write(&envoy, "#!/bin/sh\n: > \"$0.up\"\nexec sleep 600\n").unwrap();
+        std::fs::set_permissions(&envoy, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let child = launch(&envoy).start().await.unwrap();
+        println!("\npid {}", child.pid.unwrap());
+        std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+    }
+
     /// Runs itself once more as the launcher to be killed.
     #[tokio::test]
     async fn envoy_dies_with_a_launcher_that_is_killed() {
-        if let Some(envoy) = std::env::var_os(ROLE) {
-            let child = launch(Path::new(&envoy)).start().await.unwrap();
-            println!("\npid {}", child.pid.unwrap());
-            std::future::pending::<()>().await;
+        if let Some(dir) = std::env::var_os(ROLE) {
+            return be_launcher(Path::new(&dir)).await;
         }
         let dir = tempfile::tempdir().unwrap();
-        let envoy = dir.path().join("envoy");
-        std::fs::write(&envoy, "#!/bin/sh\nexec sleep 600\n").unwrap();
-        std::fs::set_permissions(&envoy, std::fs::Permissions::from_mode(0o755)).unwrap();
         let name = "sidecar::process::tests::envoy_dies_with_a_launcher_that_is_killed";
-        let mut launcher = process::Command::new(std::env::current_exe().unwrap())
+        // Not `current_exe`, whose path is gone once a build has replaced the file.
+        let mut launcher = Command::new("/proc/self/exe")
             .args([name, "--exact", "--nocapture"])
-            .env(ROLE, &envoy)
+            .env(ROLE, dir.path())
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
+            .kill_on_drop(true)
             .spawn()
             .unwrap();
-        let mut lines = BufReader::new(launcher.stdout.take().unwrap()).lines().map_while(Result::ok);
-        let pid = lines.find_map(|line| line.strip_prefix("pid ")?.parse().ok()).unwrap();
+        let mut lines = BufReader::new(launcher.stdout.take().unwrap()).lines();
+        let pid = async {
+            loop {
+                let line = lines.next_line().await.unwrap().expect("the launcher ended");
+                if let Some(pid) = line.strip_prefix("pid ") {
+                    return pid.parse().unwrap();
+                }
+            }
+        };
+        let pid = timeout(DEADLINE, pid).await.expect("no pid");
+        // From here on only the parent-death signal can end it.
+        wait_for("the child to run", DEADLINE, async || dir.path().join("envoy.up").exists()).await.unwrap();
         assert!(runs(pid));
-        launcher.kill().unwrap();
-        launcher.wait().unwrap();
-        wait_for("the child to die", Duration::from_secs(5), async || !runs(pid)).await.unwrap();
+        launcher.kill().await.unwrap();
+        wait_for("the child to die", DEADLINE, async || !runs(pid)).await.unwrap();
     }
 
     #[tokio::test]

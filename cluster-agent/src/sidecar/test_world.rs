@@ -27,6 +27,7 @@ use isthmus_model::{
     availability::{Availability, Report},
     global::{ClusterInfo, ClusterState, Exporter, GlobalPort, GlobalService, GlobalSnapshot, Locality, Settings},
     ids::{ClusterIndex, Epoch, Revision, ServiceName, SpiffeId, Stamp, TrustDomain, VipIndex},
+    local,
     service::{AppProtocol, ServiceKind, ServicePort},
     time::Timestamp,
 };
@@ -156,6 +157,7 @@ impl Federation {
             trust_domain: ca.trust_domain().clone(),
             vip_range: format!("127.{a}.{b}.128/25").parse().unwrap(),
             zone: cluster.parse().unwrap(),
+            workload_lifetime: lifetime,
         };
         let text = manifests(&[("cart", CART, "http", self.ip(cart)), ("orders", ORDERS, "tcp", self.ip(orders))]);
         let objects: Vec<_> = manifest::parse("shop.yaml", &text).into_iter().map(|o| o.unwrap()).collect();
@@ -271,14 +273,14 @@ impl Agent {
     /// Registers a gateway at `ip` that knows both clusters to be well.
     pub(super) async fn gateway(&self, ip: IpAddr) {
         let session = self.hub.session();
-        let gateway = LocalGateway {
+        let hello = local::LocalGateway {
             name: "gateway-1".to_owned(),
             tunnel: SocketAddr::new(ip, 15443),
-            ip,
+            local_ip: ip,
             auto_port: 15440,
             pinned_port_base: 15500,
-            draining: false,
         };
+        let gateway = LocalGateway { hello, draining: false };
         let up = Availability { ready: 1, total: 1, reachable: true };
         let report = |service: &str| Report {
             service: ServiceName::new("shop", service).unwrap(),
@@ -296,7 +298,7 @@ impl Agent {
     pub(super) async fn serves(&self, service: &str) {
         let name = ServiceName::new("shop", service).unwrap();
         let mut view = self.hub.view.clone();
-        let ready = view.wait_for(|view| view.endpoints.get(&name).is_some_and(|e| e.iter().any(|e| e.ready)));
+        let ready = view.wait_for(|view| view.endpoints.of(&name).iter().any(|e| e.ready));
         tokio::time::timeout(DEADLINE, ready).await.expect("no ready endpoint").unwrap();
     }
 
@@ -327,7 +329,10 @@ pub(super) async fn http_app(tasks: &Tasks, name: &'static str) -> (SocketAddr, 
     let address = listener.local_addr().unwrap();
     let answer = move |method: axum::http::Method, headers: HeaderMap| async move {
         let caller = headers.get("x-forwarded-client-cert").and_then(|v| v.to_str().ok()).unwrap_or("nobody");
-        ([("x-isthmus-unreached", "forged")], format!("{name} {method} {caller}"))
+        // An app that ends closes its idle connections when it likes. A request that its sidecar sends on one right then is
+        // lost, and a POST must not be repeated: so there are none.
+        let headers = [("x-isthmus-unreached", "forged"), ("connection", "close")];
+        (headers, format!("{name} {method} {caller}"))
     };
     let stop = Shutdown::new();
     let (ended, over, router) = (stop.clone(), tasks.shutdown(), Router::new().fallback(any(answer)));

@@ -40,6 +40,13 @@ pub struct Manifests {
     pub synced: bool,
 }
 
+impl Manifests {
+    /// There is something to serve from: the folder as it is, or as it was saved. Not always enough to publish from.
+    pub fn are_known(&self) -> bool {
+        self.synced || !self.files.is_empty()
+    }
+}
+
 /// The last good text of every file, to start from when the folder is not there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

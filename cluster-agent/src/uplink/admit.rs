@@ -2,22 +2,23 @@
 //!
 //! A stolen or broken control plane must not swap a cluster's roots unnoticed: the first bundle of each trust domain is
 //! pinned, and only a bundle signed by a key of the pinned one replaces it. Anything else keeps the pinned one and makes
-//! a problem. A state that contradicts itself, or is of another federation, is refused whole.
+//! a problem. A revocation is never taken back: whoever was revoked once stays so here, whatever a restored, stolen or
+//! broken control plane says later, until people start over. A state that contradicts itself, or is of another federation, is refused whole.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use isthmus_api::convert::Problem;
+use isthmus_api::convert::{Problem, limits};
 use isthmus_identity::bundle::{BundleDocument, verify_successor};
 use isthmus_model::{
-    global::{GlobalSnapshot, InconsistentError},
-    ids::{ClusterName, Stamp, TrustDomain},
+    global::{ClusterInfo, ClusterState, GlobalSnapshot, InconsistentError, Locality},
+    ids::{ClusterIndex, ClusterName, Stamp, TrustDomain},
     service::TrustBundle,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::status::problem;
 
-/// The bundles believed so far; outlives restarts.
+/// The bundles and revocations believed so far; outlives restarts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Pins {
@@ -25,6 +26,16 @@ pub struct Pins {
     pub federation: TrustBundle,
     /// By cluster; kept when a cluster goes.
     pub clusters: BTreeMap<ClusterName, TrustBundle>,
+    /// Every cluster that was ever seen as revoked.
+    #[serde(default)]
+    pub revoked: BTreeSet<ClusterName>,
+}
+
+impl Pins {
+    /// What a cluster believes that has just joined.
+    pub fn new(federation: TrustBundle) -> Self {
+        Self { federation, clusters: BTreeMap::new(), revoked: BTreeSet::new() }
+    }
 }
 
 /// Why a state was refused whole.
@@ -127,7 +138,64 @@ pub fn admit(raw: &GlobalSnapshot, pins: &Pins, own: (&ClusterName, &TrustBundle
         judged.pins.clusters.insert(name.clone(), bundle.clone());
         cluster.bundle = bundle;
     }
+    hold_revocations(&mut judged, own);
     Ok(judged)
+}
+
+/// Remembers who is revoked, and revokes again who was: by name, or by a trust domain that is a revoked cluster's, since
+/// that one has its keys still.
+fn hold_revocations(judged: &mut Admitted, own: (&ClusterName, &TrustBundle)) {
+    let Admitted { snapshot, pins, problems } = judged;
+    let seen = snapshot.clusters.values().filter(|c| c.state == ClusterState::Revoked);
+    pins.revoked.extend(seen.map(|c| c.name.clone()));
+    let bundle = |name: &ClusterName| if name == own.0 { Some(own.1) } else { pins.clusters.get(name) };
+    let domains: BTreeSet<_> = pins.revoked.iter().filter_map(|name| Some(&bundle(name)?.trust_domain)).collect();
+    let revoked = |c: &ClusterInfo| pins.revoked.contains(&c.name) || domains.contains(&c.bundle.trust_domain);
+    let mut clusters: BTreeMap<ClusterName, ClusterInfo> = snapshot
+        .clusters
+        .values()
+        .filter(|c| revoked(c))
+        .map(|c| (c.name.clone(), ClusterInfo { state: ClusterState::Revoked, ..c.clone() }))
+        .collect();
+    // The control plane counts indexes up from one; whom it dropped gets one from the other end.
+    let taken: BTreeSet<u16> = snapshot.clusters.values().map(|c| c.index.0).collect();
+    let free = (1..=u16::MAX).rev().filter(|index| !taken.contains(index));
+    let dropped = pins.revoked.iter().filter(|name| !snapshot.clusters.contains_key(*name));
+    let room = limits::CLUSTERS.saturating_sub(snapshot.clusters.len());
+    for (name, index) in dropped.zip(free).take(room) {
+        let info = bundle(name).and_then(|bundle| dropped_cluster(name, index, bundle));
+        clusters.extend(info.map(|info| (name.clone(), info)));
+    }
+    if clusters.is_empty() {
+        return;
+    }
+    let held = GlobalSnapshot {
+        stamp: snapshot.stamp,
+        federation: snapshot.federation.clone(),
+        federation_bundle: snapshot.federation_bundle.clone(),
+        settings: snapshot.settings.clone(),
+        clusters,
+        services: BTreeMap::new(),
+    };
+    for name in snapshot.keep_revoked(&held) {
+        let message = "the control plane says that it is active, or does not know it any more, but it was revoked, or has \
+                       the trust domain of a cluster that was; it stays revoked here: if the control plane was restored \
+                       from a backup, revoke it there again with `isthmusctl cluster revoke`; to take part again, it \
+                       must join under a new name and trust domain";
+        problems.push(problem(format!("cluster {name}"), message));
+    }
+}
+
+/// A revoked cluster that the control plane has dropped, without what only the control plane knew of it.
+fn dropped_cluster(name: &ClusterName, index: u16, bundle: &TrustBundle) -> Option<ClusterInfo> {
+    Some(ClusterInfo {
+        name: name.clone(),
+        index: ClusterIndex(index),
+        locality: Locality { region: "".parse().ok()?, zone: "".parse().ok()? },
+        state: ClusterState::Revoked,
+        bundle: bundle.clone(),
+        gateways: Vec::new(),
+    })
 }
 
 /// The bundle to use when `next` is offered after `pinned`.

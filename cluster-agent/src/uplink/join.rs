@@ -1,8 +1,8 @@
-//! Joining the federation, once: the join token is traded for this agent's certificate.
+//! Joining the federation, once, and again when the certificate ran out: the join token is traded for this agent's certificate.
 //!
 //! In: the token file, the cluster's own CA. Out: a [`Member`] on disk with the agent's SVID beside it. What holds: the
 //! key is made before the call and never leaves the machine; the control plane is believed only with the root that the
-//! token pins; what says "joined" is written last, so that a crash in between joins again.
+//! token pins, and when joining again only within the same federation; what says "joined" is written last, so that a crash in between joins again.
 
 use std::{
     fs, io,
@@ -20,6 +20,7 @@ use isthmus_identity::{
     ca::CertificateAuthority,
     grpc::connect_lazy,
     keys::{KeyError, KeyPair},
+    rfc3339,
     svid::{Svid, SvidError},
     tls::{PeerPolicy, PinnedRoot, TlsError, pinned_client_config},
     token::{Token, TokenError, TokenKind},
@@ -27,6 +28,7 @@ use isthmus_identity::{
 use isthmus_model::{
     ids::{ClusterName, IdError, SpiffeId, TrustDomain},
     service::TrustBundle,
+    time::Timestamp,
 };
 use isthmus_runtime::{backoff::Backoff, files::write_secret, health::Gate, tasks::chain as causes};
 use serde::{Deserialize, Serialize};
@@ -96,6 +98,20 @@ pub enum JoinError {
         /// Why, and what to do.
         source: TokenError,
     },
+    /// It was a member, and can be one again only with a token.
+    #[error(
+        "{lapse}, so the cluster must join again: mint a token with `isthmusctl cluster join-token {cluster}` and write \
+         it to the `joinTokenFile`; its CA and all that it published stay"
+    )]
+    Lapsed {
+        /// What happened.
+        lapse: Lapse,
+        /// Whose.
+        cluster: ClusterName,
+        /// Why there is no token to do it with.
+        #[source]
+        why: Box<JoinError>,
+    },
     /// A token for another.
     #[error(
         "the join token is for cluster {token}, this one is {own}: mint one with `isthmusctl cluster join-token {own}`"
@@ -153,15 +169,47 @@ pub enum JoinError {
     Tls(#[from] TlsError),
 }
 
-/// The membership on disk, if the cluster has joined; refuses a folder of another cluster.
-pub fn load(config: &Config) -> Result<Option<(Member, Svid)>, JoinError> {
+/// The membership on disk.
+#[derive(Debug)]
+pub enum Loaded {
+    /// The cluster has never joined.
+    Never,
+    /// It is a member.
+    Member {
+        /// Where.
+        member: Member,
+        /// Its certificate, which is valid still.
+        svid: Svid,
+    },
+    /// It is one that cannot prove it any more.
+    Lapsed {
+        /// Where.
+        member: Member,
+        /// Why.
+        lapse: Lapse,
+    },
+}
+
+/// Why a member must join again.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Lapse {
+    /// It was not renewed in time: the control plane does not talk to this agent any more.
+    #[error("the agent's certificate ended at {0}")]
+    Expired(String),
+    /// Its files are not there.
+    #[error("the agent's certificate is missing from the state folder")]
+    Missing,
+}
+
+/// The membership on disk, as of `now`; refuses a folder of another cluster.
+pub fn load(config: &Config, now: Timestamp) -> Result<Loaded, JoinError> {
     let path = config.state_dir.join(MEMBER_FILE);
     let member: Member = match fs::read(&path) {
         Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| JoinError::State {
             path: path.clone(),
             source: io::Error::new(io::ErrorKind::InvalidData, e),
         })?,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Loaded::Never),
         Err(source) => return Err(JoinError::State { path, source }),
     };
     if member.cluster != config.cluster || member.trust_domain != config.trust_domain {
@@ -172,7 +220,11 @@ pub fn load(config: &Config) -> Result<Option<(Member, Svid)>, JoinError> {
             domain: config.trust_domain.clone(),
         });
     }
-    Ok(Svid::load(&config.state_dir, SVID_NAME)?.map(|svid| (member, svid)))
+    Ok(match Svid::load(&config.state_dir, SVID_NAME)? {
+        Some(svid) if svid.not_after() > now => Loaded::Member { member, svid },
+        Some(svid) => Loaded::Lapsed { member, lapse: Lapse::Expired(rfc3339(svid.not_after())) },
+        None => Loaded::Lapsed { member, lapse: Lapse::Missing },
+    })
 }
 
 /// Reads and checks the token before anything else starts.
@@ -193,11 +245,17 @@ pub fn token(config: &Config) -> Result<Token, JoinError> {
     Ok(token)
 }
 
-/// Joins; tries again as long as the control plane is not to be reached, which `gate` tells.
-pub async fn join(config: &Config, token: &Token, ca: &CertificateAuthority, gate: &Gate) -> Result<Joined, JoinError> {
+/// Joins (again, if it `was` a member); tries again as long as the control plane is not to be reached, which `gate` tells.
+pub async fn join(
+    config: &Config,
+    token: &Token,
+    was: Option<&Member>,
+    ca: &CertificateAuthority,
+    gate: &Gate,
+) -> Result<Joined, JoinError> {
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
     loop {
-        match attempt(config, token, ca).await? {
+        match attempt(config, token, was, ca).await? {
             Ok(joined) => return Ok(joined),
             Err(status) => {
                 let why = format!("the control plane at {} cannot be reached: {}", token.address, words(&status));
@@ -213,6 +271,7 @@ pub async fn join(config: &Config, token: &Token, ca: &CertificateAuthority, gat
 async fn attempt(
     config: &Config,
     token: &Token,
+    was: Option<&Member>,
     ca: &CertificateAuthority,
 ) -> Result<Result<Joined, Status>, JoinError> {
     let key = KeyPair::load_or_create(&config.state_dir.join(format!("{SVID_NAME}.key")))?;
@@ -235,7 +294,7 @@ async fn attempt(
         }
         Err(_) => return Ok(Err(Status::deadline_exceeded("no answer in time"))),
     };
-    let joined = believe(config, token, response, &key, &root).map_err(|e| JoinError::Answer(causes(&e)))?;
+    let joined = believe(config, token, was, response, &key, &root).map_err(|e| JoinError::Answer(causes(&e)))?;
     joined.svid.save(&config.state_dir, SVID_NAME)?;
     Ok(Ok(joined))
 }
@@ -262,16 +321,22 @@ enum Doubt {
     Pin,
     #[error("the certificate is for {found}, not for {wanted}")]
     OtherId { found: SpiffeId, wanted: SpiffeId },
+    #[error("it speaks for federation {found}, but this cluster is a member of {own}: use a token of that federation")]
+    OtherFederation { found: TrustDomain, own: TrustDomain },
 }
 
 fn believe(
     config: &Config,
     token: &Token,
+    was: Option<&Member>,
     response: JoinResponse,
     key: &KeyPair,
     root: &PinnedRoot,
 ) -> Result<Joined, Doubt> {
     let federation: TrustDomain = response.federation.parse()?;
+    if let Some(own) = was.map(|m| &m.federation).filter(|own| **own != federation) {
+        return Err(Doubt::OtherFederation { found: federation, own: own.clone() });
+    }
     let bundle = response.federation_bundle.ok_or_else(|| ConvertError::new("federation_bundle", "is missing"))?;
     let bundle = TrustBundle::try_from(bundle).map_err(|e| e.within("federation_bundle"))?;
     let roots = BundleDocument::parse(&bundle.document)?.x509_roots;

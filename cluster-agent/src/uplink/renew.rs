@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use isthmus_api::proto::federation::v1::Role;
-use isthmus_identity::{keys::KeyPair, renew::renew_at, svid::Svid, tls::IdentitySource};
+use isthmus_identity::{keys::KeyPair, renew::renew_at, rfc3339, svid::Svid, tls::IdentitySource};
 use isthmus_model::time::Timestamp;
 use isthmus_runtime::{
     backoff::Backoff,
@@ -57,7 +57,7 @@ impl Renewal {
             }
             match self.renew().await {
                 Ok(svid) => {
-                    tracing::info!(not_after = %svid.not_after(), "the agent's certificate is renewed");
+                    tracing::info!(not_after = %rfc3339(svid.not_after()), "the agent's certificate is renewed");
                     due = renew_at(&svid);
                     self.identity.set(svid);
                     self.status.set_problems(Area::Identity, Vec::new());
@@ -65,10 +65,10 @@ impl Renewal {
                 }
                 Err(error) => {
                     let pause = backoff.next();
-                    due = Timestamp(isthmus_runtime::now()) + pause;
+                    let now = Timestamp(isthmus_runtime::now());
+                    due = now + pause;
                     tracing::warn!(%error, ?pause, "the agent's certificate is not renewed; trying again");
-                    let until = self.identity.current().not_after();
-                    let message = format!("cannot be renewed, and ends at {until} since 1970: {error}");
+                    let message = not_renewed(&self.identity.current(), now, &error);
                     self.status.set_problems(Area::Identity, vec![problem("the agent's certificate", message)]);
                 }
             }
@@ -91,5 +91,41 @@ impl Renewal {
             .map_err(|e| e.to_string())?
             .map_err(|e| chain(&e))?;
         Ok(svid)
+    }
+}
+
+/// What a person must know of a certificate that is not renewed.
+fn not_renewed(svid: &Svid, now: Timestamp, error: &str) -> String {
+    let until = rfc3339(svid.not_after());
+    if svid.not_after() > now {
+        return format!("cannot be renewed, and ends at {until}: {error}");
+    }
+    // No server accepts it any more, the one that would renew it included.
+    let cluster = svid.id().segments().nth(1).unwrap_or("CLUSTER");
+    format!(
+        "ended at {until} and can no longer be renewed ({error}): mint a token with `isthmusctl cluster join-token \
+         {cluster}`, write it to the `joinTokenFile`, and restart the agent"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_told_as_dates_and_an_ended_certificate_with_the_way_back() {
+        isthmus_identity::install_crypto();
+        let federation = "isthmus.example".parse().unwrap();
+        let ca = isthmus_identity::ca::CertificateAuthority::create(&federation, Duration::from_secs(7200)).unwrap();
+        let id = isthmus_model::ids::SpiffeId::component(&federation, &"us-east".parse().unwrap(), "agent").unwrap();
+        let key = KeyPair::generate().unwrap();
+        let chain = ca.sign_csr(&key.csr_der().unwrap(), &id, &[], Duration::from_secs(3600)).unwrap();
+        let svid = Svid::new(chain, &key).unwrap();
+        let until = rfc3339(svid.not_after());
+        assert!(until.starts_with("20") && until.ends_with('Z'), "{until}");
+        let before = not_renewed(&svid, svid.not_before(), "away");
+        assert!(before.contains(&until) && !before.contains("join-token"), "{before}");
+        let after = not_renewed(&svid, svid.not_after(), "away");
+        assert!(after.contains(&until) && after.contains("isthmusctl cluster join-token us-east"), "{after}");
     }
 }

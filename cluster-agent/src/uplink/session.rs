@@ -89,8 +89,13 @@ enum Publishing {
 /// Runs one session until it ends.
 pub(super) async fn run(uplink: &mut Uplink) -> Ended {
     let (up, messages) = mpsc::channel(8);
-    let held = uplink.held().map(|s| s.stamp.into());
-    let hello = Hello { cluster: uplink.own.to_string(), held, version: env!("CARGO_PKG_VERSION").to_owned() };
+    let held = uplink.held();
+    let hello = Hello {
+        cluster: uplink.own.to_string(),
+        held: held.map(|s| s.stamp.into()),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        held_digest: held.map(|s| convert::snapshot_digest(s).to_vec()).unwrap_or_default(),
+    };
     if up.send(AgentMessage { kind: Some(agent_message::Kind::Hello(hello)) }).await.is_err() {
         return Ended::Finished;
     }

@@ -14,12 +14,13 @@ use isthmus_model::{
     failover,
     global::{GlobalPort, GlobalService},
     ids::{ClusterIndex, ClusterName},
+    local::LocalGateway,
     sni::{self, Route},
     time::Timestamp,
 };
 
 use super::wire::{address, uint};
-use crate::view::{LocalGateway, View};
+use crate::view::View;
 
 /// Envoy accepts priorities up to this.
 const MAX_PRIORITIES: usize = 128;
@@ -59,7 +60,8 @@ pub(super) fn http(
 
 /// Of a TCP port: the gateways, which choose.
 pub(super) fn tcp(name: &str, view: &View, sni: &str) -> ClusterLoadAssignment {
-    let group: Vec<_> = active_gateways(view).map(|g| endpoint(SocketAddr::new(g.ip, g.auto_port), sni)).collect();
+    let group: Vec<_> =
+        active_gateways(view).map(|g| endpoint(SocketAddr::new(g.local_ip, g.auto_port), sni)).collect();
     assignment(name, if group.is_empty() { Vec::new() } else { vec![group] })
 }
 
@@ -83,12 +85,8 @@ pub(super) fn unnameable(service: &GlobalService, port: u16) -> String {
 }
 
 fn local(view: &View, service: &GlobalService, port: &GlobalPort) -> Vec<SocketAddr> {
-    let endpoints = view.endpoints.get(&service.name).map(Vec::as_slice).unwrap_or_default();
-    endpoints
-        .iter()
-        .filter(|e| e.ready && e.has_sidecar)
-        .filter_map(|e| e.ports.get(&port.port.name).map(|number| SocketAddr::new(e.ip, *number)))
-        .collect()
+    let serving = view.endpoints.of(&service.name).iter().filter(|e| e.is_serving());
+    serving.filter_map(|e| e.address(&port.port.name)).collect()
 }
 
 fn remote(view: &View, cluster: &ClusterName, problems: &mut Vec<String>) -> Vec<SocketAddr> {
@@ -96,7 +94,7 @@ fn remote(view: &View, cluster: &ClusterName, problems: &mut Vec<String>) -> Vec
     let mut addresses = Vec::new();
     for gateway in active_gateways(view) {
         match pinned_port(gateway, info.index) {
-            Some(port) => addresses.push(SocketAddr::new(gateway.ip, port)),
+            Some(port) => addresses.push(SocketAddr::new(gateway.local_ip, port)),
             None => problems.push(format!(
                 "gateway {} has no port for cluster {cluster}: pinnedPortBase {} plus the cluster's index {} exceeds 65535; lower pinnedPortBase",
                 gateway.name, gateway.pinned_port_base, info.index
@@ -111,7 +109,7 @@ fn pinned_port(gateway: &LocalGateway, index: ClusterIndex) -> Option<u16> {
 }
 
 fn active_gateways(view: &View) -> impl Iterator<Item = &LocalGateway> {
-    view.gateways.values().filter(|g| !g.draining)
+    view.gateways.values().filter(|g| !g.draining).map(|g| &g.hello)
 }
 
 fn endpoint(at: SocketAddr, sni: &str) -> LbEndpoint {

@@ -7,11 +7,12 @@ use isthmus_model::{
     failover::FailoverPolicy,
     global::{ClusterInfo, ClusterState, Exporter, GlobalPort, GlobalService, GlobalSnapshot, Locality, Settings},
     ids::{ClusterIndex, ClusterName, Epoch, Revision, ServiceName, Stamp, VipIndex},
+    local::{self, Endpoint, Inbound, LocalEndpoints},
     service::{AppProtocol, ServiceKind, ServicePort, TrustBundle},
     time::Timestamp,
 };
 
-use crate::view::{InboundPort, LocalEndpoint, LocalGateway, Sidecar, View};
+use crate::view::{LocalGateway, Sidecar, View};
 
 pub(crate) const CLUSTERS: [(&str, &str); 3] = [("us-east", "us"), ("us-west", "us"), ("eu-central", "eu")];
 pub(crate) const NOW: Timestamp = Timestamp(1_000_000);
@@ -31,20 +32,21 @@ pub(crate) fn view() -> View {
         ("orders", 2, vec![("", 5000, AppProtocol::Tcp)]),
     ];
     let mut observations = Observations::default();
-    let mut endpoints = BTreeMap::new();
+    let mut endpoints = LocalEndpoints::default();
     let mut global = BTreeMap::new();
     for (index, (name, vip, ports)) in (21u8..).zip(services) {
         for (c, _) in CLUSTERS {
             let up = Availability { ready: 1, total: 1, reachable: true };
             observations.observe(&service(name), &cluster(c), up, Timestamp(0));
         }
-        let local = LocalEndpoint {
+        let local = Endpoint {
             ip: format!("127.1.1.{index}").parse().unwrap(),
             ports: ports.iter().map(|(n, number, _)| (n.parse().unwrap(), 18_000 + number)).collect(),
             ready: true,
             has_sidecar: true,
+            zone: "us-east-1".parse().unwrap(),
         };
-        endpoints.insert(service(name), vec![local]);
+        endpoints.services.insert(service(name), vec![local]);
         global.insert(service(name), global_service(name, vip, &ports));
     }
     View {
@@ -61,6 +63,7 @@ pub(crate) fn view() -> View {
                 .collect(),
             services: global,
         }),
+        objects_known: true,
         endpoints: Arc::new(endpoints),
         gateways: [("gateway-1", "127.1.1.11"), ("gateway-2", "127.1.1.12")]
             .into_iter()
@@ -72,29 +75,29 @@ pub(crate) fn view() -> View {
 }
 
 pub(crate) fn sidecar() -> Sidecar {
-    let port = |port, app: &str, protocol| InboundPort { port, app: app.parse().unwrap(), protocol };
-    Sidecar {
+    let port = |port: u16, app: &str, protocol| (port, Inbound { app: app.parse().unwrap(), protocol });
+    let hello = local::Sidecar {
         name: "web-1".to_owned(),
-        identity: "spiffe://us-east.example/ns/shop/sa/web".parse().unwrap(),
         address: "127.1.1.31".parse().unwrap(),
-        inbound: vec![
+        inbound: BTreeMap::from([
             port(8443, "127.0.0.1:18080", AppProtocol::Http),
             port(8444, "127.0.0.1:18081", AppProtocol::Grpc),
             port(8445, "127.0.0.1:18082", AppProtocol::Tcp),
-        ],
-        upstreams: vec![service("cart"), service("orders")],
-    }
+        ]),
+        upstreams: [service("cart"), service("orders")].into(),
+    };
+    Sidecar { hello, identity: "spiffe://us-east.example/ns/shop/sa/web".parse().unwrap() }
 }
 
 fn gateway(name: &str, ip: &str) -> LocalGateway {
-    LocalGateway {
+    let hello = local::LocalGateway {
         name: name.to_owned(),
         tunnel: SocketAddr::new(ip.parse().unwrap(), 15443),
-        ip: ip.parse().unwrap(),
+        local_ip: ip.parse().unwrap(),
         auto_port: 15440,
         pinned_port_base: 15500,
-        draining: false,
-    }
+    };
+    LocalGateway { hello, draining: false }
 }
 
 fn global_service(name: &str, index: u32, ports: &[(&str, u16, AppProtocol)]) -> GlobalService {

@@ -74,13 +74,14 @@ impl Resources {
 /// Everything that `sidecar`'s Envoy should have.
 pub fn build(view: &View, sidecar: &Sidecar, now: Timestamp) -> Resources {
     let mut out = Resources::new(view.global.stamp);
-    for inbound in &sidecar.inbound {
-        let name = names::inbound(inbound.port);
-        let at = SocketAddr::new(sidecar.address, inbound.port);
+    let sidecar = &sidecar.hello;
+    for (port, inbound) in &sidecar.inbound {
+        let name = names::inbound(*port);
+        let at = SocketAddr::new(sidecar.address, *port);
         out.insert(ResourceType::Cluster, &name, cluster::inbound(&name, inbound.app, inbound.protocol));
         out.insert(ResourceType::Listener, &name, listener::inbound(&name, at, inbound.protocol));
     }
-    for name in sidecar.upstreams.iter().collect::<BTreeSet<_>>() {
+    for name in &sidecar.upstreams {
         match view.global.services.get(name) {
             Some(service) => outbound(&mut out, view, service, now),
             None => out.problems.push(format!(

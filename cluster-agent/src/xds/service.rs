@@ -2,7 +2,8 @@
 //!
 //! In: requests that the launchers relay, and every new view. Out: responses; the board learns who has applied which stamp
 //! and what was refused. Only a registered sidecar gets configuration, and only over a connection whose certificate bears
-//! that sidecar's identity. Each stream lives inside the response that tonic polls, so nothing is left behind when it ends,
+//! that sidecar's identity. What the agent does not know (yet, or any more after a damaged disk) is never taken from an
+//! Envoy that has it: without a state there is no stream, and states only go forward. Each stream lives inside the response that tonic polls, so nothing is left behind when it ends,
 //! and each watches the shutdown signal, since dropping the server does not end live streams.
 
 use std::{
@@ -249,6 +250,7 @@ impl Session {
             Status::failed_precondition(format!("sidecar {name:?} is not registered with this agent"))
         })?;
         authorize(sidecar, &self.peer)?;
+        check_known(&view)?;
         let mut client = Client::new(name, &view, sidecar);
         self.service.count_stream(&client.name, 1);
         self.service.metrics.streams.inc();
@@ -299,6 +301,9 @@ impl Client {
     }
 
     fn rebuild(&mut self, view: &View, sidecar: &Sidecar) -> Vec<DeltaDiscoveryResponse> {
+        if check_known(view).is_err() || view.global.stamp < self.resources.stamp {
+            return Vec::new();
+        }
         self.resources = Arc::new(build(view, sidecar, now()));
         self.addresses = addresses(view, sidecar);
         self.patience = None;
@@ -351,17 +356,28 @@ impl Client {
     }
 }
 
+/// May a configuration be made of `view`? An Envoy that is refused keeps what it has and asks again.
+fn check_known(view: &View) -> Result<(), Status> {
+    if view.global.stamp == Stamp::default() {
+        return Err(Status::unavailable("no state of the federation is known yet"));
+    }
+    if !view.objects_known {
+        return Err(Status::unavailable("the manifests of this cluster have not been read yet"));
+    }
+    Ok(())
+}
+
 fn authorize(sidecar: &Sidecar, peer: &SpiffeId) -> Result<(), Status> {
     if sidecar.identity == *peer {
         return Ok(());
     }
-    tracing::warn!(sidecar = sidecar.name, peer.spiffe_id = %peer, "asked for another workload's configuration");
+    tracing::warn!(sidecar = sidecar.hello.name, peer.spiffe_id = %peer, "asked for another workload's configuration");
     Err(Status::permission_denied("the certificate is not the registered sidecar's"))
 }
 
 fn addresses(view: &View, sidecar: &Sidecar) -> BTreeMap<SocketAddrV4, String> {
     let mut all = BTreeMap::new();
-    for service in sidecar.upstreams.iter().filter_map(|name| view.global.services.get(name)) {
+    for service in sidecar.hello.upstreams.iter().filter_map(|name| view.global.services.get(name)) {
         if let Some(vip) = vip::vip(view.vip_range, service.index) {
             for port in &service.ports {
                 all.insert(SocketAddrV4::new(vip, port.port.number), service.name.to_string());
@@ -373,4 +389,59 @@ fn addresses(view: &View, sidecar: &Sidecar) -> BTreeMap<SocketAddrV4, String> {
 
 fn now() -> Timestamp {
     Timestamp(isthmus_runtime::now())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xds::fixture::{sidecar, view};
+
+    fn at(revision: u64) -> View {
+        let mut view = view();
+        let mut global = (*view.global).clone();
+        global.stamp.revision.0 = revision;
+        global.services.clear();
+        view.global = Arc::new(global);
+        view
+    }
+
+    fn listeners(client: &Client) -> usize {
+        client.resources.of(crate::xds::names::ResourceType::Listener).count()
+    }
+
+    #[test]
+    fn there_is_no_stream_before_a_state_and_the_objects_are_known() {
+        assert!(check_known(&view()).is_ok());
+        let mut unknown = view();
+        let mut global = (*unknown.global).clone();
+        global.stamp = Stamp::default();
+        unknown.global = Arc::new(global);
+        let unread = View { objects_known: false, ..view() };
+        for (view, what) in [(unknown, "federation"), (unread, "manifests")] {
+            let refused = check_known(&view).unwrap_err();
+            assert_eq!(refused.code(), tonic::Code::Unavailable);
+            assert!(refused.message().contains(what), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_stream_never_goes_back_to_an_older_or_an_unknown_state() {
+        let first = view();
+        let mut client = Client::new("web-1".to_owned(), &first, &sidecar());
+        let before = listeners(&client);
+        let mut nothing = at(0);
+        Arc::make_mut(&mut nothing.global).stamp = Stamp::default();
+        let unread = View { objects_known: false, ..at(9) };
+        for older in [at(6), nothing, unread] {
+            assert_eq!(client.rebuild(&older, &sidecar()), []);
+            assert_eq!((client.resources.stamp, listeners(&client)), (first.global.stamp, before));
+        }
+        client.rebuild(&at(8), &sidecar());
+        assert!(listeners(&client) < before, "a later state counts");
+        let mut restored = view();
+        Arc::make_mut(&mut restored.global).stamp.epoch.0 += 1;
+        Arc::make_mut(&mut restored.global).stamp.revision.0 = 1;
+        client.rebuild(&restored, &sidecar());
+        assert_eq!(listeners(&client), before, "so does a new epoch");
+    }
 }

@@ -104,7 +104,7 @@ fn an_endpoint_that_is_unready_or_lacks_a_sidecar_gets_nothing() {
     for (ready, has_sidecar) in [(false, true), (true, false)] {
         let mut view = view();
         let mut endpoints = (*view.endpoints).clone();
-        let first = &mut endpoints.get_mut(&service("cart")).unwrap()[0];
+        let first = &mut endpoints.services.get_mut(&service("cart")).unwrap()[0];
         (first.ready, first.has_sidecar) = (ready, has_sidecar);
         view.endpoints = Arc::new(endpoints);
         let rows = assignment(&view, "outbound|80|shop/cart");
@@ -163,7 +163,7 @@ fn a_port_that_nobody_may_answer_for_is_not_configured_at_all() {
 #[test]
 fn a_sidecar_gets_its_upstreams_and_its_own_ports_only() {
     let mut sidecar = sidecar();
-    sidecar.upstreams = vec![service("orders"), service("nowhere")];
+    sidecar.hello.upstreams = [service("orders"), service("nowhere")].into();
     let resources = build(&view(), &sidecar, NOW);
     let names = |kind| resources.of(kind).map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
     assert_eq!(

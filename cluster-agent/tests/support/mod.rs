@@ -1,6 +1,10 @@
 //! A federation small enough for a test: a control plane that speaks the real protocol over real TLS, and an agent run
 //! in process with a folder of its own.
 
+#![allow(dead_code, reason = "not every test binary uses everything")]
+
+pub(crate) mod clients;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -82,6 +86,8 @@ pub(crate) struct ControlPlane {
     pub(crate) seen: Arc<Mutex<Seen>>,
     pub(crate) joined: Arc<Mutex<Option<TrustBundle>>>,
     pub(crate) state: Arc<watch::Sender<Option<GlobalSnapshot>>>,
+    /// How long the certificates live that it signs.
+    pub(crate) lifetime: Arc<Mutex<Duration>>,
     ca: Arc<CertificateAuthority>,
     used: Arc<Mutex<BTreeSet<String>>>,
     tasks: Arc<Mutex<Option<Tasks>>>,
@@ -101,6 +107,7 @@ impl ControlPlane {
             seen: Arc::default(),
             joined: Arc::default(),
             state: Arc::new(watch::Sender::new(None)),
+            lifetime: Arc::new(Mutex::new(HOUR)),
             ca,
             used: Arc::default(),
             tasks: Arc::default(),
@@ -146,6 +153,10 @@ impl ControlPlane {
 
     /// A state in which us-east is the only cluster, at this revision.
     pub(crate) fn set_state(&self, revision: u64) {
+        self.state.send_replace(Some(self.snapshot(revision)));
+    }
+
+    pub(crate) fn snapshot(&self, revision: u64) -> GlobalSnapshot {
         let bundle = self.joined.lock().unwrap().clone().unwrap();
         let name: ClusterName = "us-east".parse().unwrap();
         let cluster = ClusterInfo {
@@ -156,14 +167,14 @@ impl ControlPlane {
             bundle,
             gateways: Vec::new(),
         };
-        self.state.send_replace(Some(GlobalSnapshot {
+        GlobalSnapshot {
             stamp: stamp(revision),
             federation: federation(),
             federation_bundle: self.ca.bundle(),
             settings: Settings::default(),
             clusters: [(name, cluster)].into(),
             services: BTreeMap::new(),
-        }));
+        }
     }
 }
 
@@ -178,7 +189,8 @@ impl Federation for ControlPlane {
         }
         let cluster = request.cluster.parse().unwrap();
         let id = SpiffeId::component(&federation(), &cluster, "agent").unwrap();
-        let chain = self.ca.sign_csr(&request.csr, &id, &[], HOUR).unwrap();
+        let life = *self.lifetime.lock().unwrap();
+        let chain = self.ca.sign_csr(&request.csr, &id, &[], life).unwrap();
         *self.joined.lock().unwrap() = Some(request.bundle.unwrap().try_into().unwrap());
         Ok(Response::new(JoinResponse {
             certificate_chain: chain.iter().map(|c| c.to_vec()).collect(),
@@ -198,8 +210,9 @@ impl Federation for ControlPlane {
             Role::Unspecified => return Err(Status::invalid_argument("role")),
         };
         let id = SpiffeId::component(&federation(), &cluster, role).unwrap();
+        let life = *self.lifetime.lock().unwrap();
         let chain =
-            self.ca.sign_csr(&request.csr, &id, &[], HOUR).map_err(|e| Status::invalid_argument(e.to_string()))?;
+            self.ca.sign_csr(&request.csr, &id, &[], life).map_err(|e| Status::invalid_argument(e.to_string()))?;
         Ok(Response::new(SignResponse {
             certificate_chain: chain.iter().map(|c| c.to_vec()).collect(),
             federation_bundle: Some((&self.ca.bundle()).into()),
@@ -352,6 +365,12 @@ impl Agent {
 
 /// Trades a token for a certificate, as gateways and launchers do.
 pub(crate) async fn enrol(token: &str) -> Result<(LocalClient<Channel>, Svid), Status> {
+    let (channel, svid) = enrol_channel(token).await?;
+    Ok((LocalClient::new(channel), svid))
+}
+
+/// As [`enrol`], for any service of the agent.
+pub(crate) async fn enrol_channel(token: &str) -> Result<(Channel, Svid), Status> {
     let key = KeyPair::generate().unwrap();
     let response = enrol_with(token, &key).await?;
     let chain = response.certificate_chain.into_iter().map(Into::into).collect();
@@ -362,7 +381,7 @@ pub(crate) async fn enrol(token: &str) -> Result<(LocalClient<Channel>, Svid), S
     let policy: PeerPolicy = Arc::new(|id| id.as_str() == "spiffe://isthmus.example/cluster/us-east/agent");
     let tls = client_config(Some(&IdentitySource::new(svid.clone())), &trust, policy, &[b"h2"]).unwrap();
     let address = Token::parse(token).unwrap().address;
-    Ok((LocalClient::new(connect_lazy(&address, Arc::new(tls))), svid))
+    Ok((connect_lazy(&address, Arc::new(tls)), svid))
 }
 
 async fn enrol_with(token: &str, key: &KeyPair) -> Result<EnrolResponse, Status> {

@@ -18,7 +18,7 @@ use isthmus_identity::{
     bundle::{BundleDocument, TrustStore},
     grpc, renew,
 };
-use isthmus_model::{ids::Stamp, time::Timestamp};
+use isthmus_model::{global::GlobalSnapshot, ids::Stamp, time::Timestamp};
 use isthmus_runtime::{
     BoxError,
     backoff::Backoff,
@@ -35,7 +35,11 @@ use self::{
     credentials::{Credentials, Desk, client_config},
     state::{Refused, State},
 };
-use crate::{metrics::Metrics, server::CurrentZone, zone::Zone};
+use crate::{
+    metrics::{Metrics, Refusal},
+    server::CurrentZone,
+    zone::Zone,
+};
 
 /// The payload of the last-known-good file: a `DnsConfig` message.
 const LKG_FORMAT: u32 = 1;
@@ -277,9 +281,14 @@ async fn accept(
 ) -> Result<Option<Stamp>, Refused> {
     match kind {
         dns_update::Kind::Config(update) => {
-            let bytes = update.encode_to_vec();
+            let mut bytes = update.encode_to_vec();
             let zone = state.configure(update)?;
             let stamp = zone.stamp();
+            if let Some((clusters, global)) = state.unrevoked() {
+                keep.metrics.count_refusal(Refusal::Revocation);
+                tracing::error!(?clusters, "the agent's state takes revocations back; they stand");
+                bytes = corrected(&bytes, global);
+            }
             trust(roots, state);
             for service in zone.unaddressed() {
                 tracing::warn!(%service, "no address: policy closes it to this cluster, or vipRange is too small");
@@ -296,6 +305,13 @@ async fn accept(
             Ok(None)
         }
     }
+}
+
+/// The configuration that `bytes` hold, with `global` as its state: what is saved must not take back what stands.
+fn corrected(bytes: &[u8], global: &GlobalSnapshot) -> Vec<u8> {
+    // These bytes were a message a moment ago.
+    let update = DnsConfig::decode(bytes).unwrap_or_default();
+    DnsConfig { global: Some(global.into()), ..update }.encode_to_vec()
 }
 
 /// Renews the certificate at half its life, for ever.

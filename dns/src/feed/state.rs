@@ -2,7 +2,7 @@
 //!
 //! In: updates as they come off the wire, and the time. Out: the zone to serve, or why the update was refused; a refused
 //! update changes nothing. Holds: the stamp never goes back within an epoch, the federation never changes, and its trust
-//! bundle only by its predecessor's signature.
+//! bundle only by its predecessor's signature; a cluster once revoked stays so.
 
 use std::{net::Ipv4Addr, sync::Arc};
 
@@ -66,6 +66,9 @@ pub(crate) struct State {
     server: Option<Ipv4Addr>,
     bundle: TrustBundle,
     zone: Option<Arc<Zone>>,
+    /// What the zone is made of.
+    global: Option<Arc<GlobalSnapshot>>,
+    unrevoked: Vec<ClusterName>,
     observed: Arc<Observations>,
 }
 
@@ -77,7 +80,16 @@ impl State {
         bundle: TrustBundle,
         server: Option<Ipv4Addr>,
     ) -> Self {
-        Self { cluster, federation, server, bundle, zone: None, observed: Arc::default() }
+        Self {
+            cluster,
+            federation,
+            server,
+            bundle,
+            zone: None,
+            global: None,
+            unrevoked: Vec::new(),
+            observed: Arc::default(),
+        }
     }
 
     /// The federation's bundle that verifies the agent now.
@@ -92,7 +104,7 @@ impl State {
 
     /// Takes a configuration whole.
     pub(crate) fn configure(&mut self, update: pb::DnsConfig) -> Result<Arc<Zone>, Refused> {
-        let sources = self.sources(update).map_err(Refused::Malformed)?;
+        let mut sources = self.sources(update).map_err(Refused::Malformed)?;
         let global = &sources.global;
         if global.federation != self.federation {
             return Err(Refused::Foreign(global.federation.clone()));
@@ -103,9 +115,21 @@ impl State {
         }
         bundle::verify_successor(&self.bundle, &global.federation_bundle).map_err(Refused::Bundle)?;
         self.bundle = global.federation_bundle.clone();
+        self.unrevoked = match &self.global {
+            Some(held) => Arc::make_mut(&mut sources.global).keep_revoked(held),
+            None => Vec::new(),
+        };
+        self.global = Some(sources.global.clone());
         let zone = Arc::new(Zone::build(&sources, self.observed.clone()));
         self.zone = Some(zone.clone());
         Ok(zone)
+    }
+
+    /// The clusters of which the latest configuration took the revocation back, and the state in force without that;
+    /// `None` if there are none.
+    pub(crate) fn unrevoked(&self) -> Option<(&[ClusterName], &GlobalSnapshot)> {
+        let global = self.global.as_deref().filter(|_| !self.unrevoked.is_empty())?;
+        Some((&self.unrevoked, global))
     }
 
     /// Takes the availability of all services whole: what is not in it is not known any more. Returns the zone if there
@@ -195,6 +219,21 @@ mod tests {
         let mut state = state();
         state.configure(config(&at(1, 7))).unwrap();
         assert!(state.configure(config(&at(2, 1))).is_ok());
+        assert_eq!(state.stamp(), Some(stamp(2, 1)));
+    }
+
+    #[test]
+    fn a_cluster_once_revoked_stays_revoked_whatever_a_later_state_says() {
+        let west = "us-west".parse().unwrap();
+        let mut revoked = at(1, 7);
+        revoked.clusters.get_mut(&west).unwrap().state = isthmus_model::global::ClusterState::Revoked;
+        let mut state = state();
+        state.configure(config(&revoked)).unwrap();
+        assert!(state.unrevoked().is_none());
+        state.configure(config(&at(2, 1))).unwrap();
+        let (clusters, global) = state.unrevoked().unwrap();
+        assert_eq!(clusters, std::slice::from_ref(&west));
+        assert!(global.active_cluster(&west).is_none());
         assert_eq!(state.stamp(), Some(stamp(2, 1)));
     }
 

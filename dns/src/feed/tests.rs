@@ -34,7 +34,7 @@ use isthmus_identity::{
 };
 use isthmus_model::{
     availability::{Availability, Report},
-    global::GlobalSnapshot,
+    global::{ClusterState, GlobalSnapshot},
     ids::{SpiffeId, TrustDomain},
 };
 use isthmus_runtime::{
@@ -348,6 +348,29 @@ async fn a_restart_without_any_agent_serves_last_known_good() {
     server.wait_ready().await;
     assert_eq!(server.cart().await, ["127.64.0.5"]);
     server.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_saved_takes_no_revocation_back_either() {
+    let (agent, dir) = (Agent::start(MONTH).await, tempfile::tempdir().unwrap());
+    let server = start(dir.path(), Some(agent.token("dns/dns-1"))).await;
+    let west = "us-west".parse().unwrap();
+    let mut revoked = state(&agent.ca, 7);
+    revoked.clusters.get_mut(&west).unwrap().state = ClusterState::Revoked;
+    agent.shared.update.send_replace(Some(Kind::Config(config(&revoked))));
+    agent.wait_applied(7).await;
+    agent.publish(8);
+    agent.wait_applied(8).await;
+    assert!(server.http("/metrics").await.1.contains(r#"isthmus_dns_updates_refused_total{reason="revocation"} 1"#));
+    server.stop().await;
+    agent.stop().await;
+
+    let saved = LastKnownGood::new(dir.path().join("state/dns.lkg"), LKG_FORMAT).load().unwrap().unwrap();
+    let saved = DnsConfig::decode(saved.as_slice()).unwrap();
+    assert_eq!(saved.vip_range, config(&revoked).vip_range);
+    let global = GlobalSnapshot::try_from(saved.global.unwrap()).unwrap();
+    assert_eq!(global.stamp, stamp(1, 8));
+    assert!(global.active_cluster(&west).is_none());
 }
 
 #[tokio::test]

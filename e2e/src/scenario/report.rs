@@ -127,14 +127,17 @@ impl Report {
         if !self.rows.is_empty() {
             println!("\n{}", self.table());
             println!("Requests and failed: GET to cart + orders sessions (what failed, and why, is told above).");
-        println!("Last affected: from the fault to the end of the last request that failed or took over 250 ms.");
+            println!("Last affected: from the fault to the end of the last request that failed or took over 250 ms.");
         }
         println!();
         let took = self.elapsed().as_secs_f32();
         if self.held() {
             println!("{} in {took:.0} s.", self.paint("1;32", "Every step held"));
         } else {
-            println!("{} ({took:.0} s).", self.paint("1;31", &format!("Not everything held: {} of the checks failed", self.failed)));
+            println!(
+                "{} ({took:.0} s).",
+                self.paint("1;31", &format!("Not everything held: {} of the checks failed", self.failed))
+            );
         }
     }
 

@@ -76,7 +76,12 @@ impl Stream {
         let began = Instant::now();
         let mut reader = FrameReader::new(recv, MAX_HEADER);
         let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
-        let placed = place(&core, &peer, &mut reader, &send, &mut access).await;
+        // Held until the stream has ended.
+        let slot = core.stream_slots.clone().try_acquire_owned();
+        let placed = match &slot {
+            Ok(_) => place(&core, &peer, &mut reader, &send, &mut access).await,
+            Err(_) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
+        };
         let (mut recv, _) = reader.into_parts();
         match placed {
             Ok(answered) => {
@@ -107,7 +112,7 @@ impl Stream {
                 refuse(&mut send, &mut recv, &refusal).await;
             }
         }
-        drop(token);
+        drop((slot, token));
     }
 }
 
@@ -129,9 +134,6 @@ async fn place(
     if core.closing.is_cancelled() {
         return Err(Some(Refusal::new(RejectReason::Draining, true, "this gateway drains")));
     }
-    let Ok(_slot) = core.stream_slots.try_acquire() else {
-        return Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams")));
-    };
     let view = core.current_view();
     let service = permit(core, &view, peer, &asked).map_err(Some)?;
     let hello = time::timeout(FIRST_FLIGHT, read_hello(reader, core.config.ingress.max_hello_bytes)).await;

@@ -1,7 +1,8 @@
 //! The agent's feed: the global state and local endpoints down; applied revisions, availability and draining up.
 //!
 //! Reconnects for ever. Losing the agent changes nothing: the last view stands. A state that is older than the one held, of
-//! another federation, or not valid is refused and reported, never half applied. Renews the gateway's certificate at half
+//! another federation, or not valid is refused and reported, never half applied; one that takes a revocation back is applied
+//! without that. Renews the gateway's certificate at half
 //! its life.
 
 use std::{
@@ -15,13 +16,13 @@ use isthmus_api::{
     proto::{
         common::v1::GlobalSnapshot as GlobalMessage,
         local::v1::{
-            Draining, GatewayHello, GatewayMessage, GatewayUpdate, RenewRequest, gateway_message::Kind as Up,
+            Draining, GatewayHello, GatewayMessage, GatewayUpdate, Problems, RenewRequest, gateway_message::Kind as Up,
             gateway_update::Kind as Down, local_client::LocalClient,
         },
     },
 };
 use isthmus_identity::{bundle::verify_successor, grpc, keys::KeyPair, renew, svid::Svid, tls};
-use isthmus_model::{global::GlobalSnapshot, local::LocalEndpoints};
+use isthmus_model::{availability::Observations, global::GlobalSnapshot, local::LocalEndpoints};
 use isthmus_runtime::{backoff::Backoff, tasks::chain};
 use rustls::pki_types::CertificateDer;
 use tokio::{
@@ -35,12 +36,14 @@ use super::{
     disk::{self, Disk},
     enrol::{EnrolError, Membership, SVID_NAME},
 };
-use crate::{core::Core, metrics::Metrics, view::View};
+use crate::{core::Core, metrics::Metrics, standing::Area, view::View};
 
 /// Between two availability reports.
 const REPORT_SPACING: Duration = Duration::from_millis(50);
 /// Round-trip times change all the time; they go up this often.
 const REPORT_REFRESH: Duration = Duration::from_secs(5);
+/// Between two saves of what was observed.
+const REMEMBER_SPACING: Duration = Duration::from_secs(1);
 const CALL: Duration = Duration::from_secs(10);
 const MAX_MESSAGE: usize = 256 << 20;
 
@@ -103,6 +106,37 @@ impl Agent {
         self.inner.view.subscribe()
     }
 
+    /// What an earlier run has observed, as far as it is readable.
+    pub(crate) fn past(&self, metrics: &Metrics) -> Observations {
+        disk::load_past(&self.inner.state_dir, metrics)
+    }
+
+    /// Keeps for the next run what this one observes, until no new connections are taken: the gateway's own end is no
+    /// evidence against others.
+    pub(crate) async fn remember(self, core: Arc<Core>) {
+        let mut version = core.observed.version();
+        let mut saved = Observations::default();
+        loop {
+            let last = tokio::select! {
+                changed = version.changed() => changed.is_err(),
+                () = core.closing.cancelled() => true,
+            };
+            version.mark_unchanged();
+            let now = core.observed.history();
+            if now != saved {
+                disk::save_past(&self.inner.state_dir, &now, &core.metrics).await;
+                saved = now;
+            }
+            if last {
+                return;
+            }
+            tokio::select! {
+                () = time::sleep(REMEMBER_SPACING) => {}
+                () = core.closing.cancelled() => {}
+            }
+        }
+    }
+
     /// Follows the agent until the gateway stops.
     pub(crate) async fn follow(self, core: Arc<Core>, hello: GatewayHello) {
         let disk = Disk::open(&self.inner.state_dir, &core.tasks, &core.metrics, &core.stop);
@@ -138,8 +172,11 @@ impl Agent {
         core.metrics.feed_connected(true);
         tracing::info!(agent = self.membership().agent, "feed connected");
 
-        let mut in_force = core.in_force.subscribe();
+        let mut in_force = core.standing.in_force();
         in_force.mark_changed();
+        let mut problems = core.standing.problems_changed();
+        // Even if there are none: the agent may remember some of before.
+        problems.mark_changed();
         let mut evidence = core.observed.version();
         let mut told_draining = false;
         let mut report_at = time::Instant::now();
@@ -151,6 +188,10 @@ impl Agent {
                     if let Some(stamp) = stamp {
                         up.send(Up::Applied(stamp.into())).await?;
                     }
+                }
+                _ = problems.changed() => {
+                    problems.mark_unchanged();
+                    up.send(Up::Problems(Problems { texts: core.standing.problems() })).await?;
                 }
                 _ = evidence.changed() => {
                     evidence.mark_unchanged();
@@ -191,23 +232,31 @@ impl Agent {
     }
 
     fn global(&self, core: &Core, disk: &Disk, message: GlobalMessage) -> Result<(), Refusal> {
-        let next = GlobalSnapshot::try_from(message.clone()).map_err(Refusal::Invalid)?;
+        let mut next = GlobalSnapshot::try_from(message.clone()).map_err(Refusal::Invalid)?;
         if next.federation != self.membership().federation {
             return Err(Refusal::OtherFederation);
         }
         let held = self.inner.view.borrow().global.clone();
+        let mut forced = Vec::new();
         if let Some(held) = held {
             if next.stamp < held.stamp {
                 return Err(Refusal::Stale { held: held.stamp, sent: next.stamp });
             }
+            forced = next.keep_revoked(&held);
+            let text = |c| format!("the agent's state takes the revocation of {c} back; it stays revoked here");
+            core.standing.set_problems(Area::Revocations, forced.iter().map(text).collect());
+            if !forced.is_empty() {
+                core.metrics.feed_problem("revocation");
+                tracing::error!(clusters = ?forced, "the agent's state takes revocations back; they stand");
+            }
             if next == *held {
                 // The agent asks anew after a reconnect: say again what is applied.
-                core.in_force.send_modify(|_| {});
+                core.standing.repeat();
                 return Ok(());
             }
         }
         self.trust(core, &next);
-        disk.save_global(&message);
+        disk.save_global(&if forced.is_empty() { message } else { (&next).into() });
         self.publish(|view| view.global = Some(Arc::new(next)));
         Ok(())
     }

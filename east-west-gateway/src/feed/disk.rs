@@ -1,12 +1,13 @@
 //! The last known good state on disk: what the gateway serves from before any agent has answered.
 //!
-//! Two files of protobuf bytes, as they came and were accepted. Saving happens behind the data path; the newest state wins.
+//! Two files of protobuf bytes, as they came and were accepted, and one of what was observed (JSON), so that a restart ends
+//! no hold-down. Saving happens behind the data path; the newest state wins.
 //! A damaged file is reported and passed over: the agent will send the state again.
 
 use std::{path::Path, sync::Arc};
 
 use isthmus_api::proto::{common::v1::GlobalSnapshot as GlobalMessage, local::v1::LocalEndpoints as EndpointsMessage};
-use isthmus_model::{global::GlobalSnapshot, local::LocalEndpoints};
+use isthmus_model::{availability::Observations, global::GlobalSnapshot, local::LocalEndpoints};
 use isthmus_runtime::{
     files::LastKnownGood,
     tasks::{Tasks, chain},
@@ -57,8 +58,42 @@ pub(super) fn load(dir: &Path, metrics: &Metrics) -> View {
     }
 }
 
+/// What was observed, as it was saved last. Without it, the gateway begins as a new one would.
+pub(super) fn load_past(dir: &Path, metrics: &Metrics) -> Observations {
+    let file = past(dir);
+    let complain = |error: &dyn std::error::Error| {
+        let error = error.to_string();
+        tracing::error!(file = %file.path().display(), error, "what was observed before is not usable; hold-downs end");
+        metrics.feed_problem("disk_read");
+    };
+    let bytes = file.load().inspect_err(|e| complain(e)).ok().flatten();
+    let read = |b: Vec<u8>| serde_json::from_slice(&b).inspect_err(|e| complain(e)).ok();
+    bytes.and_then(read).unwrap_or_default()
+}
+
+/// Saves what was observed.
+pub(super) async fn save_past(dir: &Path, observed: &Observations, metrics: &Metrics) {
+    let file = past(dir);
+    let at = file.path().display().to_string();
+    let failed = match serde_json::to_vec(observed) {
+        Ok(bytes) => match tokio::task::spawn_blocking(move || file.save(&bytes)).await {
+            Ok(saved) => saved.err().map(|e| chain(&e)),
+            Err(error) => Some(error.to_string()),
+        },
+        Err(error) => Some(error.to_string()),
+    };
+    if let Some(error) = failed {
+        tracing::error!(file = at, error, "what is observed cannot be saved: a restart would end hold-downs");
+        metrics.feed_problem("disk_write");
+    }
+}
+
 fn files(dir: &Path) -> [LastKnownGood; 2] {
     ["global.lkg", "endpoints.lkg"].map(|name| LastKnownGood::new(dir.join(name), FORMAT))
+}
+
+fn past(dir: &Path) -> LastKnownGood {
+    LastKnownGood::new(dir.join("observed.lkg"), FORMAT)
 }
 
 fn read<M: Message + Default, T: TryFrom<M, Error = isthmus_api::convert::ConvertError>>(

@@ -13,6 +13,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use super::{
     Entry,
     place::{self, Placed, Unplaced},
+    sources::Share,
 };
 use crate::{
     access::{Access, Route},
@@ -63,7 +64,7 @@ pub(super) struct Local {
 
 impl Local {
     /// Serves it to its end. `pending` counts it among those whose hello is still to come.
-    pub(super) async fn serve(mut self, pending: OwnedSemaphorePermit) {
+    pub(super) async fn serve(mut self, pending: (OwnedSemaphorePermit, Share)) {
         let began = Instant::now();
         let core = self.core.clone();
         let mut access = Access::new(Direction::Ingress, core.cluster.clone(), core.cluster.clone(), began);

@@ -7,6 +7,7 @@
 pub(crate) mod budget;
 mod connection;
 mod place;
+pub(crate) mod sources;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,7 +21,12 @@ use isthmus_runtime::net;
 use tokio::{net::TcpListener, time};
 use tokio_util::sync::CancellationToken;
 
-use crate::{core::Core, splice, view::View};
+use crate::{
+    core::Core,
+    splice,
+    standing::{Area, Part},
+    view::View,
+};
 
 /// Between attempts to bind a port that was taken.
 const REBIND: Duration = Duration::from_secs(1);
@@ -63,8 +69,8 @@ pub(crate) async fn listen(core: Arc<Core>, auto: TcpListener, listeners: Arc<Li
     let mut view = core.view.clone();
     let mut bound: BTreeMap<(ClusterName, u16), CancellationToken> = BTreeMap::new();
     loop {
-        let missing = reconcile(&core, &listeners, &mut bound).await;
-        let retry = async { if missing { time::sleep(REBIND).await } else { std::future::pending().await } };
+        let whole = reconcile(&core, &listeners, &mut bound).await;
+        let retry = async { if !whole { time::sleep(REBIND).await } else { std::future::pending().await } };
         tokio::select! {
             () = core.closing.cancelled() => return,
             () = retry => {}
@@ -76,14 +82,14 @@ pub(crate) async fn listen(core: Arc<Core>, auto: TcpListener, listeners: Arc<Li
     }
 }
 
-/// Makes the pinned listeners fit the view. Returns whether one could not be bound.
+/// Makes the pinned listeners fit the view, as far as they can be bound. Returns whether all of them are.
 async fn reconcile(
     core: &Arc<Core>,
     listeners: &Arc<Listeners>,
     bound: &mut BTreeMap<(ClusterName, u16), CancellationToken>,
 ) -> bool {
     let view = core.current_view();
-    let wanted = wanted(core, &view);
+    let (wanted, mut problems) = wanted(core, &view);
     bound.retain(|key, stop| {
         let keep = wanted.contains(key);
         if !keep {
@@ -92,7 +98,6 @@ async fn reconcile(
         }
         keep
     });
-    let mut missing = false;
     for (cluster, port) in wanted {
         if bound.contains_key(&(cluster.clone(), port)) {
             continue;
@@ -109,23 +114,33 @@ async fn reconcile(
             Err(error) => {
                 tracing::warn!(%cluster, %error, "traffic pinned to this cluster cannot enter; trying again");
                 core.metrics.reject("pinned_port_taken");
-                missing = true;
+                problems.push(format!("traffic pinned to {cluster} cannot enter: {error}"));
             }
         }
     }
+    let whole = problems.is_empty();
+    core.standing.set_problems(Area::Listeners, problems);
     if let Some(global) = &view.global {
-        core.in_force.send_if_modified(|stamp| stamp.replace(global.stamp) != Some(global.stamp));
+        core.standing.followed(Part::Listeners, global.stamp, whole);
     }
-    missing
+    whole
 }
 
-/// Each other active cluster and its port; port 0 where the base is 0.
-fn wanted(core: &Core, view: &View) -> BTreeSet<(ClusterName, u16)> {
-    let Some(global) = &view.global else { return BTreeSet::new() };
+/// Each other active cluster and its port; port 0 where the base is 0. And the clusters that have none.
+fn wanted(core: &Core, view: &View) -> (BTreeSet<(ClusterName, u16)>, Vec<String>) {
+    let (mut wanted, mut problems) = (BTreeSet::new(), Vec::new());
+    let Some(global) = &view.global else { return (wanted, problems) };
     let base = core.config.listen.pinned_port_base;
-    let port = |index: u16| if base == 0 { Some(0) } else { base.checked_add(index) };
-    let others = global.clusters.values().filter(|c| c.state == ClusterState::Active && c.name != core.cluster);
-    others.filter_map(|c| Some((c.name.clone(), port(c.index.0)?))).collect()
+    for c in global.clusters.values().filter(|c| c.state == ClusterState::Active && c.name != core.cluster) {
+        match if base == 0 { Some(0) } else { base.checked_add(c.index.0) } {
+            Some(port) => drop(wanted.insert((c.name.clone(), port))),
+            None => problems.push(format!(
+                "traffic pinned to {} cannot enter: its index {} and listen.pinnedPortBase {base} make no port; choose a lower base",
+                c.name, c.index
+            )),
+        }
+    }
+    (wanted, problems)
 }
 
 async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: CancellationToken) {
@@ -134,14 +149,19 @@ async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: Canc
             accepted = listener.accept() => accepted,
             () = stop.cancelled() => return,
         };
-        let tcp = match accepted {
-            Ok((tcp, _)) => tcp,
+        let (tcp, source) = match accepted {
+            Ok((tcp, source)) => (tcp, source.ip()),
             Err(error) => {
                 tracing::warn!(%error, "accept failed");
                 core.metrics.reject("accept_failed");
                 time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
+        };
+        let Some(share) = core.hello_sources.try_acquire(source) else {
+            core.metrics.reject("source_pending");
+            splice::abort(&tcp);
+            continue;
         };
         let slots = (core.local_slots.clone().try_acquire_owned(), core.hello_slots.clone().try_acquire_owned());
         let (Ok(open), Ok(hello)) = slots else {
@@ -152,7 +172,7 @@ async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: Canc
         let carried = core.carried.token();
         let connection = connection::Local { core: core.clone(), entry: entry.clone(), tcp, carried };
         core.tasks.spawn("ingress.connection", async move {
-            connection.serve(hello).await;
+            connection.serve((hello, share)).await;
             drop(open);
         });
     }

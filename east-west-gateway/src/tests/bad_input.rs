@@ -17,6 +17,7 @@ use crate::{
     frame::{self, FrameReader, MAX_HEADER},
     testkit::{FEDERATION, cluster},
     tunnel::{
+        Close,
         control::Control,
         endpoint::{self, Identity},
     },
@@ -94,6 +95,48 @@ async fn connections_over_the_limit_are_turned_away() {
 }
 
 #[tokio::test]
+async fn one_source_cannot_take_all_places_of_pending_hellos() {
+    let gateway = Gateway::start_with("east", |config| {
+        config.ingress.max_pending_hellos_per_source = 2;
+        config.ingress.hello_timeout = Duration::from_secs(60);
+    })
+    .await;
+    let core = gateway.core().await;
+    let places = core.hello_slots.available_permits();
+    let _first = TcpStream::connect(gateway.auto).await.unwrap();
+    let _second = TcpStream::connect(gateway.auto).await.unwrap();
+    until("both are in", || core.hello_slots.available_permits() == places - 2).await;
+    closed_after(gateway.auto, b"").await;
+    until("counted", || core.metrics.rejected("source_pending") == 1).await;
+    let other = tokio::net::TcpSocket::new_v4().unwrap();
+    other.bind(([127, 0, 0, 2], 0).into()).unwrap();
+    let mut other = other.connect(gateway.auto).await.unwrap();
+    other.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+    until("another source is listened to", || core.metrics.rejected("not_tls") == 1).await;
+}
+
+#[tokio::test]
+async fn one_clusters_connections_leave_room_for_the_others() {
+    let west = Gateway::start_with("west", |config| {
+        config.tunnel.max_connections_per_cluster = 1;
+        // Peers by hand answer no probes.
+        (config.tunnel.dead_after, config.tunnel.idle_timeout) = (Duration::from_secs(60), Duration::from_secs(120));
+    })
+    .await;
+    west.set_global(&crate::testkit::federation(&["east", "west", "north"]));
+    let first = Peer::connect("east", &west).await;
+    let (second, _endpoint) = Peer::dial("east", &west).await;
+    let why = time::timeout(Duration::from_secs(3), second.closed()).await.expect("closed in time");
+    let quinn::ConnectionError::ApplicationClosed(why) = why else { panic!("{why}") };
+    assert_eq!(why.error_code, Close::Overloaded.code());
+    let north = Peer::connect("north", &west).await;
+    assert!(first.connection.close_reason().is_none() && north.connection.close_reason().is_none());
+    // Its place is free again once it has gone.
+    first.connection.close(0_u32.into(), b"bye");
+    drop(Peer::connect("east", &west).await);
+}
+
+#[tokio::test]
 async fn garbage_datagrams_are_counted_and_tunnels_go_on() {
     let west = Server::bind().await.echo(b"west");
     let (gateways, _) = connected(&[("east", &[]), ("west", &[west])]).await;
@@ -116,6 +159,13 @@ struct Peer {
 
 impl Peer {
     async fn connect(name: &str, to: &Gateway) -> Self {
+        let (connection, endpoint) = Self::dial(name, to).await;
+        let (send, recv) = connection.open_bi().await.unwrap();
+        let control = Control::open(send, recv, "by-hand").await.unwrap();
+        Self { connection, _control: control, _endpoint: endpoint }
+    }
+
+    async fn dial(name: &str, to: &Gateway) -> (quinn::Connection, quinn::Endpoint) {
         let identity = Identity {
             source: isthmus_identity::tls::IdentitySource::new(svid(name)),
             trust: trust(),
@@ -125,9 +175,7 @@ impl Peer {
         let config = endpoint::dialler(&core.config.tunnel, &identity, &core.cluster).unwrap();
         let endpoint = quinn::Endpoint::client(local(0)).unwrap();
         let connection = endpoint.connect_with(config, to.tunnel, "gateway.invalid").unwrap().await.unwrap();
-        let (send, recv) = connection.open_bi().await.unwrap();
-        let control = Control::open(send, recv, "by-hand").await.unwrap();
-        Self { connection, _control: control, _endpoint: endpoint }
+        (connection, endpoint)
     }
 
     /// Sends `bytes` on a stream of its own and reads the reply.

@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::rig::{Server, connected, knock, read, refusing, sni, until};
+use super::rig::{Gateway, Server, connected, introduce, knock, read, refusing, sni, until};
 use crate::{splice, testkit::cluster};
 
 #[tokio::test]
@@ -210,4 +210,39 @@ async fn a_client_that_leaves_before_the_answer_frees_the_endpoint() {
     assert!(matches!(held.read(&mut [0; 1]).await, Ok(0) | Err(_)));
     let core = gateways[0].core().await;
     until("the attempt is given up", || core.metrics.attempted(&cluster("west"), "client_gone") == 1).await;
+}
+
+#[tokio::test]
+async fn a_gateway_with_all_streams_taken_sends_the_next_one_elsewhere_until_one_ends() {
+    let east = Gateway::start("east").await;
+    let mut gateways = vec![east];
+    let members: [(&str, &[_]); 3] =
+        [("east", &[]), ("north", &[Server::bind().await.echo(b"N")]), ("west", &[Server::bind().await.echo(b"W")])];
+    for (name, _) in &members[1..] {
+        gateways.push(Gateway::start_with(name, |config| config.egress.max_streams = 1).await);
+    }
+    let global = introduce(&gateways, &members);
+    for (gateway, (_, endpoints)) in gateways.iter().zip(&members) {
+        gateway.set_endpoints(endpoints);
+        gateway.set_global(&global);
+    }
+    gateways[0].sees_ready("north").await;
+    gateways[0].sees_ready("west").await;
+    let auto = gateways[0].auto;
+    let mut first = knock(auto, &sni(None)).await;
+    let mut second = knock(auto, &sni(None)).await;
+    let mut greetings = [read(&mut first, 1).await, read(&mut second, 1).await].concat();
+    greetings.sort_unstable();
+    assert_eq!(greetings, b"NW", "an open stream counts");
+    let core = gateways[0].core().await;
+    let overloaded = ["north", "west"].map(|c| core.metrics.attempted(&cluster(c), "rejected_overloaded"));
+    assert_eq!(overloaded.iter().sum::<u64>(), 1);
+    let mut third = knock(auto, &sni(None)).await;
+    assert!(third.read(&mut [0; 1]).await.is_err(), "all are taken");
+    drop(first);
+    let free = async || {
+        let mut fourth = knock(auto, &sni(None)).await;
+        fourth.read(&mut [0; 1]).await.is_ok_and(|n| n == 1)
+    };
+    isthmus_runtime::wait::wait_for("the next one gets it", super::rig::SOON, free).await.unwrap();
 }

@@ -22,8 +22,9 @@ use isthmus_identity::{
     token::{Token, TokenKind, TokenSpec},
 };
 use isthmus_model::{
-    global::GlobalSnapshot,
-    ids::{Revision, SpiffeId},
+    global::{ClusterState, GlobalSnapshot},
+    ids::{Epoch, Revision, SpiffeId},
+    service::GatewayAddress,
     time::Timestamp,
 };
 use tokio::{
@@ -34,7 +35,7 @@ use tokio::{
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use super::rig::{ca, config, local, next, trust, until};
+use super::rig::{Gateway, ca, config, eligibility, local, next, trust, until};
 use crate::{
     Feed, Inspector, build,
     testkit::{FEDERATION, cluster, federation, service_name},
@@ -166,10 +167,14 @@ struct Fed {
 
 impl Fed {
     async fn start(dir: &Path, token: &Token) -> Self {
+        Self::start_at(dir, token, 0).await
+    }
+
+    async fn start_at(dir: &Path, token: &Token, pinned_port_base: u16) -> Self {
         let mut config = config("gateway-1");
         config.state_dir = dir.join("state");
         config.agent_token_file = Some(dir.join("token"));
-        config.listen.pinned_port_base = 0;
+        config.listen.pinned_port_base = pinned_port_base;
         std::fs::write(dir.join("token"), token.encode()).unwrap();
         let bound = build(config, Feed::Agent).await.unwrap();
         let (inspector, health) = (bound.inspector(), bound.health_addr());
@@ -286,4 +291,83 @@ async fn a_token_for_another_gateway_is_not_even_sent() {
     let text = isthmus_runtime::tasks::chain(&gateway.ended.await.unwrap().unwrap_err());
     assert!(text.contains("gateway/gateway-2"), "{text}");
     assert_eq!(agent.told.lock().unwrap().enrolled, 0);
+}
+
+#[tokio::test]
+async fn a_state_is_not_applied_while_one_of_its_ports_is_taken_and_the_agent_is_told_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, token, _serving) = Agent::serve().await;
+    let taken = TcpListener::bind(local(0)).await.unwrap();
+    let global = state();
+    let port = taken.local_addr().unwrap().port();
+    let base = port - global.clusters[&cluster("west")].index.0;
+    let gateway = Fed::start_at(dir.path(), &token, base).await;
+    agent.send_global(&global).await;
+    let told = |up: &Up| matches!(up, Up::Problems(p) if p.texts.iter().any(|t| t.contains(&format!(":{port}"))));
+    agent.hears("which port is taken", told).await;
+    gateway.becomes_ready().await;
+    assert!(!agent.told.lock().unwrap().messages.iter().any(applied(&global)));
+    assert!(gateway.get("/metrics").await.contains("isthmus_gateway_revision 0\n"));
+    drop(taken);
+    agent.hears("the state is applied", applied(&global)).await;
+    let last = || agent.told.lock().unwrap().messages.iter().rev().find(|up| matches!(up, Up::Problems(_))).cloned();
+    until("nothing is wrong any more", || matches!(last(), Some(Up::Problems(p)) if p.texts.is_empty())).await;
+    gateway.end().await;
+}
+
+#[tokio::test]
+async fn a_revoked_cluster_stays_revoked_in_a_new_epoch_and_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, token, serving) = Agent::serve().await;
+    let gateway = Fed::start(dir.path(), &token).await;
+    let mut revoked = state();
+    revoked.clusters.get_mut(&cluster("west")).unwrap().state = ClusterState::Revoked;
+    agent.send_global(&revoked).await;
+    agent.hears("the revocation is applied", applied(&revoked)).await;
+    let mut restored = next(&state());
+    restored.stamp.epoch = Epoch(2);
+    agent.send_global(&restored).await;
+    agent.hears("the new epoch is applied", applied(&restored)).await;
+    let told = |up: &Up| matches!(up, Up::Problems(p) if p.texts.iter().any(|t| t.contains("revocation of west")));
+    agent.hears("the revocation stands", told).await;
+    assert!(gateway.inspector.pinned().is_empty());
+    gateway.end().await;
+    serving.abort();
+    let gateway = Fed::start(dir.path(), &token).await;
+    gateway.becomes_ready().await;
+    let view = gateway.inspector.core().unwrap().current_view();
+    assert_eq!(view.global.as_ref().unwrap().stamp, restored.stamp);
+    assert!(view.is_active(&cluster("east")) && !view.is_active(&cluster("west")));
+    gateway.end().await;
+}
+
+#[tokio::test]
+async fn a_restart_does_not_end_a_hold_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, token, serving) = Agent::serve().await;
+    let west = Gateway::start("west").await;
+    let mut global = state();
+    global.settings.failover.hold_down = Duration::from_secs(3_600);
+    global.clusters.get_mut(&cluster("west")).unwrap().gateways =
+        vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: west.tunnel }];
+    west.set_global(&global);
+    west.set_endpoints(&[local(1)]);
+    let gateway = Fed::start(dir.path(), &token).await;
+    agent.send_global(&global).await;
+    let sees = async |gateway: &Fed, state: &str| {
+        let sees = || eligibility(&gateway.inspector, "west").as_deref() == Some(state);
+        until(&format!("west: {state}"), sees).await;
+    };
+    sees(&gateway, "ready").await;
+    west.set_endpoints(&[]);
+    sees(&gateway, "noEndpoints").await;
+    west.set_endpoints(&[local(1)]);
+    sees(&gateway, "holdDown").await;
+    gateway.end().await;
+    serving.abort();
+    let gateway = Fed::start(dir.path(), &token).await;
+    let known = || eligibility(&gateway.inspector, "west").filter(|state| state != "unknown");
+    until("west is reached", || known().is_some_and(|state| state != "unreachable")).await;
+    assert_eq!(known().as_deref(), Some("holdDown"));
+    gateway.end().await;
 }

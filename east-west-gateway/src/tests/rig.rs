@@ -158,10 +158,15 @@ impl Gateway {
 
     /// The state word of the candidate.
     pub(super) fn eligibility(&self, name: &str) -> Option<String> {
-        let candidates = self.inspector.candidates(&service_name(), 80)?;
-        let candidate = candidates.into_iter().find(|c| c.cluster == cluster(name))?;
-        Some(serde_json::to_value(candidate.eligibility).unwrap()["state"].as_str().unwrap().to_owned())
+        eligibility(&self.inspector, name)
     }
+}
+
+/// The state word of the candidate `name` for `shop/orders:80`.
+pub(super) fn eligibility(inspector: &Inspector, name: &str) -> Option<String> {
+    let candidates = inspector.candidates(&service_name(), 80)?;
+    let candidate = candidates.into_iter().find(|c| c.cluster == cluster(name))?;
+    Some(serde_json::to_value(candidate.eligibility).unwrap()["state"].as_str().unwrap().to_owned())
 }
 
 impl Drop for Gateway {

@@ -1,8 +1,8 @@
 //! Connections from other clusters' gateways: who they are, and the streams they open.
 //!
 //! The cluster is read from the certificate, never from what the peer says. Only an active member of the current snapshot
-//! is served; before the first snapshot nobody is. Handshakes, connections and streams are bounded; what does not get
-//! through is closed with a code, counted by reason, and disturbs nobody else.
+//! is served; before the first snapshot nobody is. Handshakes, connections (each cluster's, too) and streams are bounded;
+//! what does not get through is closed with a code, counted by reason, and disturbs nobody else.
 
 use std::{
     collections::HashMap,
@@ -35,6 +35,16 @@ impl Inbound {
             tracing::info!(%cluster, peer = %connection.remote_address(), why = why.label(), "peer's connection closed");
             why.apply(connection);
         }
+    }
+
+    /// Takes `connection` in, unless `cluster` has `max` already.
+    fn admit(&self, cluster: &ClusterName, connection: &Connection, max: usize) -> bool {
+        let mut all = self.lock();
+        let open = all.values().filter(|(c, known)| c == cluster && known.close_reason().is_none()).count();
+        if open < max {
+            all.insert(connection.stable_id(), (cluster.clone(), connection.clone()));
+        }
+        open < max
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<usize, (ClusterName, Connection)>> {
@@ -98,7 +108,12 @@ async fn serve(core: &Arc<Core>, incoming: Incoming) {
         return Close::NotAMember.apply(&connection);
     };
     let member = Member { core, connection: &connection, cluster: &cluster };
-    core.inbound.lock().insert(connection.stable_id(), (cluster.clone(), connection.clone()));
+    // So that one cluster cannot keep the others out.
+    if !core.inbound.admit(&cluster, &connection, core.config.tunnel.max_connections_per_cluster) {
+        tracing::warn!(%cluster, peer = %remote, "refused a gateway: its cluster has too many connections");
+        core.metrics.reject(Close::Overloaded.label());
+        return Close::Overloaded.apply(&connection);
+    }
     // Judged after it can be found: a revocation from here on closes it.
     if core.current_view().is_active(&cluster) && cluster != core.cluster {
         member.serve().await;

@@ -22,7 +22,7 @@ use super::{
     endpoint::{self, EndpointError},
     registry::{PeerKey, Steer, Tunnel},
 };
-use crate::core::Core;
+use crate::{core::Core, standing::Part, view::View};
 
 const BACKOFF_BASE: Duration = Duration::from_millis(100);
 /// What an attempt takes at most where the peer lives: a round trip or two.
@@ -66,12 +66,13 @@ pub(crate) async fn manage(core: Arc<Core>, endpoint: Endpoint) {
 }
 
 fn reconcile(core: &Arc<Core>, endpoint: &Endpoint) {
-    let wanted = wanted(core);
+    let view = core.current_view();
+    let wanted = wanted(core, &view);
     let current = core.registry.addresses();
     let mut touched: BTreeSet<ClusterName> = BTreeSet::new();
     for (key, address) in &current {
         if wanted.get(key) != Some(address) {
-            let why = if core.current_view().is_active(&key.0) { Close::Replaced } else { Close::Revoked };
+            let why = if view.is_active(&key.0) { Close::Replaced } else { Close::Revoked };
             tracing::info!(cluster = %key.0, gateway = key.1, why = why.label(), "peer dropped");
             if let Some((steer, tunnel)) = core.registry.remove(key) {
                 // In this order, so that the peer is told this reason.
@@ -91,7 +92,10 @@ fn reconcile(core: &Arc<Core>, endpoint: &Endpoint) {
             touched.insert(key.0.clone());
         }
     }
-    core.inbound.close_if(|cluster| !core.current_view().is_active(cluster), Close::Revoked);
+    core.inbound.close_if(|cluster| !view.is_active(cluster), Close::Revoked);
+    if let Some(global) = &view.global {
+        core.standing.followed(Part::Peers, global.stamp, true);
+    }
     let present: BTreeSet<&ClusterName> = wanted.keys().map(|(cluster, _)| cluster).collect();
     for cluster in touched.iter().filter(|c| !present.contains(c)) {
         core.metrics.forget_cluster(cluster);
@@ -102,8 +106,7 @@ fn reconcile(core: &Arc<Core>, endpoint: &Endpoint) {
     }
 }
 
-fn wanted(core: &Core) -> BTreeMap<PeerKey, SocketAddr> {
-    let view = core.current_view();
+fn wanted(core: &Core, view: &View) -> BTreeMap<PeerKey, SocketAddr> {
     let Some(global) = &view.global else { return BTreeMap::new() };
     let others = global.clusters.values().filter(|c| c.state == ClusterState::Active && c.name != core.cluster);
     others.flat_map(|c| c.gateways.iter().map(|g| ((c.name.clone(), g.name.clone()), g.tunnel))).collect()

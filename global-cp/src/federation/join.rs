@@ -6,7 +6,7 @@ use isthmus_api::{
     convert::ConvertError,
     proto::federation::v1::{JoinRequest, JoinResponse, Role, SignRequest, SignResponse},
 };
-use isthmus_identity::token::Token;
+use isthmus_identity::{ca::csr_key_sha256, token::Token};
 use isthmus_model::{
     global::Locality,
     ids::{ClusterName, IdError},
@@ -22,11 +22,12 @@ use super::{
 use crate::{
     authority::Component,
     raft::ProposeError,
-    state::{Command, Join, TokenHash},
+    state::{Command, Join, KeyHash, TokenHash},
 };
 
 impl Shared {
-    /// Trades a join token for the agent's certificate. The token is used up only if the certificate is handed out.
+    /// Trades a join token for the agent's certificate. The token is used up only once the join is committed; should the
+    /// answer then get lost, the agent may ask again with the same key.
     pub(super) async fn join(&self, request: JoinRequest, remote: Option<SocketAddr>) -> Result<JoinResponse, Status> {
         let _permit =
             self.joins.try_acquire().map_err(|_| Status::resource_exhausted("too many joins at once; try again"))?;
@@ -34,7 +35,7 @@ impl Shared {
         let join = parse(&request, now)?;
         let cluster = join.cluster.clone();
         // Also decided in `apply`; here so that strangers can neither fill the log nor have anything signed.
-        let likely = self.views.borrow().state().check_token(&join.hash, &cluster, now);
+        let likely = self.views.borrow().state().check_token(&join.hash, join.key, &cluster, now);
         if let Err(rejection) = likely {
             self.metrics.join(rejection.code());
             tracing::warn!(%cluster, ?remote, reason = rejection.code(), "join refused");
@@ -85,8 +86,10 @@ fn parse(request: &JoinRequest, now: Timestamp) -> Result<Join, Status> {
     let cluster: ClusterName = request.cluster.parse().map_err(name)?;
     let locality = request.locality.clone().ok_or_else(|| missing("locality"))?;
     let bundle = request.bundle.clone().ok_or_else(|| missing("bundle"))?;
+    let key = csr_key_sha256(&request.csr).map_err(|error| status_of_signing(&error.into()))?;
     Ok(Join {
         hash: TokenHash(Token::secret_hash(&request.secret)),
+        key: Some(KeyHash(key)),
         cluster,
         locality: Locality::try_from(locality).map_err(|error| error.within("locality"))?,
         bundle: TrustBundle::try_from(bundle).map_err(|error| error.within("bundle"))?,

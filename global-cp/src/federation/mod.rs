@@ -47,8 +47,8 @@ const MAX_JOINS: usize = 16;
 const KEEPALIVE: Duration = Duration::from_secs(5);
 /// For a call's request to arrive and be answered; a session's first answer counts.
 const CALL_DEADLINE: Duration = Duration::from_secs(15);
-/// Calls under way on one connection.
-const MAX_CALLS: usize = 32;
+/// Calls, the session included, under way on one connection.
+const MAX_CALLS: u32 = 32;
 
 /// The service. Cheap to clone.
 #[derive(Clone)]
@@ -99,7 +99,7 @@ impl FederationService {
             Server::builder()
                 .http2_keepalive_interval(Some(KEEPALIVE))
                 .http2_keepalive_timeout(Some(KEEPALIVE))
-                .concurrency_limit_per_connection(MAX_CALLS)
+                .max_concurrent_streams(MAX_CALLS)
                 .timeout(CALL_DEADLINE)
                 .add_service(service)
                 .serve_with_incoming_shutdown(incoming, async move { shutdown.requested().await })

@@ -36,7 +36,7 @@ pub(super) fn status_of_proposal(error: &ProposeError) -> Status {
 /// Of a certificate that was not signed. Only what is wrong with the request is told to the peer.
 pub(super) fn status_of_signing(error: &AuthorityError) -> Status {
     match error {
-        AuthorityError::Ca(isthmus_identity::ca::CaError::Csr(_)) => Status::invalid_argument(chain(error)),
+        AuthorityError::Ca(ca) if ca.is_requesters_fault() => Status::invalid_argument(chain(error)),
         other => {
             tracing::error!(error = %chain(other), "cannot sign a certificate");
             Status::internal("the certificate could not be signed; see the control plane's log")

@@ -33,12 +33,15 @@ use super::{
 use crate::{
     metrics::SessionCount,
     raft::ProposeError,
-    state::{Command, Publish as PublishCommand, Update, View, require_active},
+    state::{Command, Content, Digest, Held, Publish as PublishCommand, Update, View, require_active},
     status::SessionGuard,
 };
 
 /// How long an agent may take to say hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What an operator is told when histories have parted.
+const NEW_EPOCH: &str = "start it once with `isthmus-global-cp --config FILE --new-epoch`";
 
 type Answer = Result<ControlMessage, Status>;
 
@@ -84,7 +87,7 @@ struct Session {
     views: watch::Receiver<View>,
     shutdown: Shutdown,
     /// What the agent holds once it has received all that was sent.
-    held: Option<Stamp>,
+    held: Option<Held>,
     /// Of the last publication; they grow.
     sequence: u64,
     /// The publication under way.
@@ -116,7 +119,7 @@ impl Session {
             .connect(&cluster, Timestamp(isthmus_runtime::now()))
             .map_err(|error| Status::resource_exhausted(error.to_string()))?;
         let version: String = hello.version.chars().take(64).collect();
-        tracing::info!(%cluster, %version, held = ?held.map(|stamp| stamp.to_string()), "session begins");
+        tracing::info!(%cluster, %version, held = ?held.map(|held| held.stamp.to_string()), "session begins");
         Ok(Self {
             views: shared.views.clone(),
             _count: shared.metrics.session(),
@@ -163,26 +166,42 @@ impl Session {
 
     /// What the agent lacks, if it lacks anything. Ends the session of a cluster that is no longer active.
     fn update(&mut self) -> Result<Option<ControlMessage>, Status> {
-        let update = {
-            let view = self.views.borrow_and_update();
-            let Some(global) = view.global() else { return Ok(None) };
+        let view = {
+            let latest = self.views.borrow_and_update();
+            let Some(global) = latest.global() else { return Ok(None) };
             require_active(global, &self.cluster).map_err(|rejection| status_of(&rejection))?;
-            view.since(self.held)
+            if self.held.is_some_and(|held| held.content == Content::Known && held.stamp == global.stamp) {
+                return Ok(None);
+            }
+            // A digest may have to be made of it, and nobody should wait meanwhile.
+            latest.clone()
         };
+        let update = view.since(self.held);
         let (stamp, kind) = match update {
             Update::UpToDate | Update::NotFounded => return Ok(None),
             Update::Snapshot(snapshot) => (snapshot.stamp, control_message::Kind::Snapshot((&*snapshot).into())),
             Update::Delta(delta) => (delta.to, control_message::Kind::Delta((&*delta).into())),
             Update::Ahead { here } => {
-                let held = self.held.unwrap_or_default();
+                let held = self.held.map(|held| held.stamp).unwrap_or_default();
                 tracing::error!(cluster = %self.cluster, %held, %here, "an agent holds a later state than this node");
                 return Err(Status::unavailable(format!(
                     "the agent holds state {held}, this control plane node only {here}: the node is behind, or its \
-                     state was lost; restore it from backup, which starts a new epoch"
+                     state was lost or restored from a backup; if it was, {NEW_EPOCH}, and again until its epoch is \
+                     past {}",
+                    held.epoch.0
+                )));
+            }
+            Update::Diverged => {
+                let here = view.state().stamp();
+                tracing::error!(cluster = %self.cluster, %here, "an agent holds another state under the same stamp");
+                return Err(Status::unavailable(format!(
+                    "the agent holds another state {here} than this control plane node, whose state must have been \
+                     restored from a backup: {NEW_EPOCH}"
                 )));
             }
         };
-        self.held = Some(stamp);
+        view.remember();
+        self.held = Some(Held { stamp, content: Content::Known });
         Ok(Some(ControlMessage { kind: Some(kind) }))
     }
 
@@ -278,7 +297,7 @@ impl Shared {
 }
 
 /// The certificate decides; a hello that says otherwise is a misconfiguration worth telling.
-fn check_hello(hello: &Hello, cluster: &ClusterName) -> Result<Option<Stamp>, Status> {
+fn check_hello(hello: &Hello, cluster: &ClusterName) -> Result<Option<Held>, Status> {
     if hello.cluster != cluster.as_str() {
         let said: String = hello.cluster.chars().take(64).collect();
         return Err(Status::permission_denied(format!(
@@ -286,7 +305,11 @@ fn check_hello(hello: &Hello, cluster: &ClusterName) -> Result<Option<Stamp>, St
         )));
     }
     let held = hello.held.map(Stamp::try_from).transpose();
-    held.map_err(|error| error.within("hello.held").into())
+    let stamp = held.map_err(|error| error.within("hello.held"))?;
+    // Another version may write the same state in other bytes.
+    let comparable = hello.version == env!("CARGO_PKG_VERSION");
+    let digest = Digest::try_from(hello.held_digest.as_slice()).ok().filter(|_| comparable);
+    Ok(stamp.map(|stamp| Held { stamp, content: digest.map_or(Content::Unknown, Content::Digest) }))
 }
 
 fn stopping() -> Status {

@@ -39,7 +39,8 @@ impl Machine {
     pub(super) async fn load(store: Store) -> Result<Self, StorageError<u64>> {
         let read = |store: &Store| {
             let Some(meta) = store.get::<Meta>(SNAPSHOT_META)? else { return Ok((Meta::default(), State::default())) };
-            let state = store.get::<State>(SNAPSHOT)?.unwrap_or_default();
+            // Written together, so one without the other is damage; an empty state would forget every revocation.
+            let state = store.get::<State>(SNAPSHOT)?.ok_or_else(|| store.missing(SNAPSHOT))?;
             Ok((meta, state))
         };
         let (meta, state) = store.run(read).await.map_err(|error| StorageIOError::read_state_machine(any(&error)))?;

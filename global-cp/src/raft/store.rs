@@ -226,6 +226,15 @@ impl Store {
         }
     }
 
+    /// Of a record that must be there.
+    pub(super) fn missing(&self, record: &str) -> StoreError {
+        StoreError::Damaged {
+            file: self.at.to_path_buf(),
+            record: record.to_owned(),
+            source: serde::de::Error::custom("it is missing"),
+        }
+    }
+
     fn io(&self, source: redb::Error) -> StoreError {
         StoreError::Io { file: self.at.to_path_buf(), source }
     }

@@ -88,6 +88,15 @@ fn a_record_of_a_later_format_is_refused() {
     assert!(error.contains("vote") && error.contains("format 2"), "{error}");
 }
 
+#[tokio::test]
+async fn a_snapshot_that_is_gone_is_damage_and_not_an_empty_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path()).unwrap();
+    store.set(store::SNAPSHOT_META, &openraft::SnapshotMeta::<u64, BasicNode>::default()).unwrap();
+    let error = Machine::load(store).await.err().unwrap().to_string();
+    assert!(error.contains("record snapshot") && error.contains("restore the state folder"), "{error}");
+}
+
 /// A disk that is full from some moment on.
 #[derive(Debug)]
 struct Disk {

@@ -34,6 +34,7 @@ impl State {
             Command::Join(join) => self.join(join),
             Command::Publish(publish) => self.publish(publish),
             Command::Revoke { cluster } => self.revoke(cluster),
+            Command::StartEpoch => self.start_epoch(),
         };
         match result {
             Err(rejection) => (Response::Rejected(rejection), None),
@@ -92,7 +93,7 @@ impl State {
         within("join tokens outstanding", kept + 1, MAX_TOKENS)?;
         self.clock = now;
         self.tokens.retain(|_, grant| !forgotten(grant));
-        let grant = Grant { cluster: mint.cluster.clone(), expires_at: mint.expires_at, used_at: None };
+        let grant = Grant { cluster: mint.cluster.clone(), expires_at: mint.expires_at, used_at: None, used_by: None };
         self.tokens.insert(mint.hash, grant);
         Ok(Change::default())
     }
@@ -100,7 +101,7 @@ impl State {
     fn join(&mut self, join: &Join) -> Result<Change, Rejection> {
         let global = self.global.as_ref().ok_or(Rejection::NotFounded)?;
         let now = self.clock.max(join.now);
-        self.check_token(&join.hash, &join.cluster, now)?;
+        self.check_token(&join.hash, join.key, &join.cluster, now)?;
         let info = match global.clusters.get(&join.cluster) {
             Some(member) => rejoined(member, join)?,
             None => {
@@ -127,7 +128,8 @@ impl State {
         self.clock = now;
         self.last_cluster_index = self.last_cluster_index.max(info.index.0);
         if let Some(grant) = self.tokens.get_mut(&join.hash) {
-            grant.used_at = Some(now);
+            grant.used_at = grant.used_at.or(Some(now));
+            grant.used_by = grant.used_by.or(join.key);
         }
         self.members
             .entry(join.cluster.clone())
@@ -175,6 +177,14 @@ impl State {
         }
         let merged = self.remerge(&touched);
         Ok(self.replace_visible(info, merged))
+    }
+
+    /// Everything stays, the count of revisions included.
+    fn start_epoch(&mut self) -> Result<Change, Rejection> {
+        let global = self.global.as_mut().ok_or(Rejection::NotFounded)?;
+        let stamp = &mut Arc::make_mut(global).stamp;
+        stamp.epoch = Epoch(stamp.epoch.0.saturating_add(1));
+        Ok(Change { epoch: true, ..Change::default() })
     }
 
     /// Merges the exports of `touched` anew: what each of them became, `None` if nobody exports it any more.

@@ -14,6 +14,11 @@ use serde::{Deserialize, Serialize};
 #[serde(try_from = "String", into = "String")]
 pub struct TokenHash(pub [u8; 32]);
 
+/// SHA-256 of the public key that an agent asked a certificate for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct KeyHash(pub [u8; 32]);
+
 /// One change to the replicated state.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Command {
@@ -29,7 +34,8 @@ pub enum Command {
     },
     /// Registers a join token.
     MintToken(MintToken),
-    /// Makes a cluster a member, and uses its token up.
+    /// Makes a cluster a member, and uses its token up: from then on it is good only for the same key, so that an agent
+    /// that never got the answer can ask again.
     Join(Join),
     /// Replaces all that a cluster says of itself.
     Publish(Publish),
@@ -38,6 +44,8 @@ pub enum Command {
         /// Which.
         cluster: ClusterName,
     },
+    /// Starts the next epoch: members take the state whole, whatever they hold of this one.
+    StartEpoch,
 }
 
 /// See [`Command::MintToken`].
@@ -58,6 +66,9 @@ pub struct MintToken {
 pub struct Join {
     /// Of the secret that the agent showed.
     pub hash: TokenHash,
+    /// Of the agent's key. Absent in entries of versions that did not record it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<KeyHash>,
     /// Who joins.
     pub cluster: ClusterName,
     /// Where it runs.
@@ -123,7 +134,7 @@ pub enum Rejection {
     TokenExpired { cluster: ClusterName, at: Timestamp },
     /// Tokens work once.
     #[error(
-        "the join token was already used {}; a token works once: mint a new one: \
+        "the join token was already used {}, with another key; a token works once: mint a new one: \
          isthmusctl cluster join-token {cluster}", ago(*.at)
     )]
     TokenUsed { cluster: ClusterName, at: Timestamp },
@@ -222,21 +233,27 @@ impl Rejection {
     }
 }
 
-impl TryFrom<String> for TokenHash {
-    type Error = hex::FromHexError;
+macro_rules! hex_text {
+    ($($name:ident),*) => {$(
+        impl TryFrom<String> for $name {
+            type Error = hex::FromHexError;
 
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        let mut bytes = [0; 32];
-        hex::decode_to_slice(text, &mut bytes)?;
-        Ok(Self(bytes))
-    }
+            fn try_from(text: String) -> Result<Self, Self::Error> {
+                let mut bytes = [0; 32];
+                hex::decode_to_slice(text, &mut bytes)?;
+                Ok(Self(bytes))
+            }
+        }
+
+        impl From<$name> for String {
+            fn from(hash: $name) -> Self {
+                hex::encode(hash.0)
+            }
+        }
+    )*};
 }
 
-impl From<TokenHash> for String {
-    fn from(hash: TokenHash) -> Self {
-        hex::encode(hash.0)
-    }
-}
+hex_text!(TokenHash, KeyHash);
 
 /// A time in words that need no clock to write.
 fn ago(at: Timestamp) -> String {

@@ -27,8 +27,8 @@ use serde::{Deserialize, Serialize};
 pub(crate) use self::view::Change;
 use self::vips::VipIndexes;
 pub use self::{
-    command::{Command, Join, MintToken, Outcome, Publish, Rejection, RejectionKind, Response, TokenHash},
-    view::{Update, View},
+    command::{Command, Join, KeyHash, MintToken, Outcome, Publish, Rejection, RejectionKind, Response, TokenHash},
+    view::{Content, Digest, Held, Update, View},
 };
 
 /// Join tokens kept at one time, used ones included.
@@ -74,6 +74,9 @@ struct Grant {
     cluster: ClusterName,
     expires_at: Timestamp,
     used_at: Option<Timestamp>,
+    /// The key of whoever used it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    used_by: Option<KeyHash>,
 }
 
 impl State {
@@ -106,13 +109,20 @@ impl State {
     }
 
     /// Checks a join token as [`Command::Join`] will, without using it up: what an unauthenticated caller sends must
-    /// not reach the log unless it is likely to be accepted.
-    pub fn check_token(&self, hash: &TokenHash, cluster: &ClusterName, now: Timestamp) -> Result<(), Rejection> {
+    /// not reach the log unless it is likely to be accepted. A used token is still good for the key that used it.
+    pub fn check_token(
+        &self,
+        hash: &TokenHash,
+        key: Option<KeyHash>,
+        cluster: &ClusterName,
+        now: Timestamp,
+    ) -> Result<(), Rejection> {
         let grant = self.tokens.get(hash).ok_or_else(|| Rejection::UnknownToken { cluster: cluster.clone() })?;
         if grant.cluster != *cluster {
             return Err(Rejection::TokenForAnother { token: grant.cluster.clone(), cluster: cluster.clone() });
         }
-        if let Some(at) = grant.used_at {
+        let repeats = key.is_some() && key == grant.used_by;
+        if let Some(at) = grant.used_at.filter(|_| !repeats) {
             return Err(Rejection::TokenUsed { cluster: cluster.clone(), at });
         }
         if now.max(self.clock) >= grant.expires_at {

@@ -10,12 +10,14 @@ use isthmus_identity::{bundle::BundleDocument, ca::CertificateAuthority};
 use isthmus_model::{
     failover::FailoverPolicy,
     global::{GlobalService, GlobalSnapshot, Locality, Settings},
-    ids::VipIndex,
+    ids::{TrustDomain, VipIndex},
     service::{AppProtocol, GatewayAddress, ServiceKind, ServicePort, TrustBundle},
 };
 use proptest::prelude::*;
 
 use super::*;
+
+mod views;
 
 const CLUSTERS: [&str; 3] = ["us-east", "us-west", "eu-central"];
 const SERVICES: [&str; 5] = ["web", "cart", "catalog", "orders", "mail"];
@@ -43,10 +45,15 @@ fn bundle(name: &str) -> TrustBundle {
 
 /// `base` with a root more, signed by the key of `signer`.
 fn successor(base: &str, signer: &str) -> TrustBundle {
+    successor_with_root_of(&bundle(base).trust_domain, base, signer)
+}
+
+/// The same, where the further root names `domain`.
+fn successor_with_root_of(domain: &TrustDomain, base: &str, signer: &str) -> TrustBundle {
     let stored = bundle(base);
     let mut document = BundleDocument::parse(&stored.document).unwrap();
     document.sequence += 1;
-    let next = CertificateAuthority::create(&stored.trust_domain, Duration::from_secs(86_400)).unwrap();
+    let next = CertificateAuthority::create(domain, Duration::from_secs(86_400)).unwrap();
     document.x509_roots.push(next.root_der().clone());
     let document = document.to_json().unwrap();
     let predecessor_signature = CAS[signer].sign_document(document.as_bytes()).unwrap();
@@ -64,7 +71,8 @@ fn mint(token: u8, name: &str, now: u64) -> Command {
 
 fn join_with(token: u8, name: &str, bundle: TrustBundle, now: u64) -> Command {
     let locality = Locality { region: "us".parse().unwrap(), zone: "us-1".parse().unwrap() };
-    Command::Join(Join { hash: hash(token), cluster: cluster(name), locality, bundle, now: Timestamp(now) })
+    let now = Timestamp(now);
+    Command::Join(Join { hash: hash(token), key: None, cluster: cluster(name), locality, bundle, now })
 }
 
 fn join(token: u8, name: &str, now: u64) -> Command {
@@ -92,6 +100,11 @@ fn publication(of: &str, exports: Vec<Export>) -> Publication {
 
 fn publish(of: &str, publication: Publication, now: Timestamp) -> Command {
     Command::Publish(Publish { cluster: cluster(of), publication, now })
+}
+
+/// What a member holds that got it from this node.
+fn known(stamp: Stamp) -> Option<Held> {
+    Some(Held { stamp, content: Content::Known })
 }
 
 fn accept(state: &mut State, command: Command) -> Outcome {
@@ -159,6 +172,28 @@ fn a_token_joins_its_cluster_once_and_only_in_time() {
 
     accept(&mut state, mint(2, "us-west", 1009));
     assert_eq!(refuse(&mut state, join(2, "us-west", 2009)).code(), "token_expired");
+}
+
+#[test]
+fn a_join_may_be_repeated_with_the_same_key_in_the_tokens_lifetime() {
+    let with_key = |key: Option<u8>, now| match join(1, "us-east", now) {
+        Command::Join(join) => Command::Join(Join { key: key.map(|k| KeyHash([k; 32])), ..join }),
+        other => other,
+    };
+    let mut state = founded();
+    accept(&mut state, mint(1, "us-east", 10));
+    let joined = accept(&mut state, with_key(Some(7), 11));
+    let again = accept(&mut state, with_key(Some(7), 12));
+    assert_eq!((again.stamp, again.changed), (joined.stamp, false));
+    assert_eq!(refuse(&mut state, with_key(Some(8), 12)).code(), "token_used");
+    assert_eq!(refuse(&mut state, with_key(None, 12)).code(), "token_used");
+    assert_eq!(refuse(&mut state, with_key(Some(7), 1010)).code(), "token_expired");
+
+    // One that an earlier version recorded without a key stays used.
+    let mut state = founded();
+    accept(&mut state, mint(1, "us-east", 10));
+    accept(&mut state, with_key(None, 11));
+    assert_eq!(refuse(&mut state, with_key(Some(7), 12)).code(), "token_used");
 }
 
 #[test]
@@ -248,6 +283,20 @@ fn a_cluster_speaks_only_for_itself() {
 }
 
 #[test]
+fn a_bundle_with_a_root_of_another_trust_domain_is_refused() {
+    let mut state = joined();
+    let stolen = successor_with_root_of(&bundle("us-west").trust_domain, "us-east", "us-east");
+    let published = Publication { bundle: stolen.clone(), ..publication("us-east", vec![]) };
+    let refused = refuse(&mut state, publish("us-east", published, LATER)).to_string();
+    assert!(refused.contains("is of trust domain us-west.example, not of us-east.example"), "{refused}");
+
+    accept(&mut state, mint(9, "eu-north", 10));
+    let first = TrustBundle { trust_domain: "eu-north.example".parse().unwrap(), ..bundle("stranger") };
+    let refused = refuse(&mut state, join_with(9, "eu-north", first, 11));
+    assert_eq!(refused.code(), "bundle_refused", "{refused}");
+}
+
+#[test]
 fn a_publication_that_changes_nothing_keeps_the_revision() {
     let mut state = joined();
     let same = || publication("us-east", vec![export("us-east", "cart", 5, 80), export("us-east", "web", 6, 80)]);
@@ -297,17 +346,6 @@ fn settings_change_the_revision_once() {
     assert!(accept(&mut state, Command::SetSettings { settings: settings.clone() }).changed);
     assert!(!accept(&mut state, Command::SetSettings { settings: settings.clone() }).changed);
     assert_eq!(global(&state).settings, settings);
-}
-
-#[test]
-fn a_member_ahead_of_this_node_is_told_so() {
-    let view = View::new(Arc::new(joined()));
-    let here = view.state().stamp();
-    let ahead = Stamp { revision: isthmus_model::ids::Revision(here.revision.0 + 1), ..here };
-    assert!(matches!(view.since(Some(ahead)), Update::Ahead { here: h } if h == here));
-    assert!(matches!(view.since(Some(here)), Update::UpToDate));
-    assert!(matches!(view.since(None), Update::Snapshot(_)));
-    assert!(matches!(view.since(Some(Stamp::default())), Update::Snapshot(_)), "an earlier epoch");
 }
 
 /// One publication, or a revocation, in a random history.
@@ -402,7 +440,7 @@ proptest! {
         }
         let latest = view.global().unwrap();
         for mut held in past {
-            match view.since(Some(held.stamp)) {
+            match view.since(known(held.stamp)) {
                 Update::UpToDate => {}
                 Update::Delta(delta) => held.apply(*delta).unwrap(),
                 other => prop_assert!(false, "{:?}", other),
@@ -410,22 +448,4 @@ proptest! {
             prop_assert_eq!(&held, &**latest);
         }
     }
-}
-
-#[test]
-fn a_member_behind_the_window_gets_a_snapshot() {
-    let mut state = joined();
-    let mut view = View::new(Arc::new(state.clone()));
-    let start = state.stamp();
-    for i in 0..1100_u64 {
-        let hold_down = Duration::from_millis(i + 1);
-        let settings = Settings { failover: FailoverPolicy { hold_down, ..FailoverPolicy::default() } };
-        let (_, change) = state.apply(&Command::SetSettings { settings });
-        view.advance(Arc::new(state.clone()), change);
-    }
-    assert!(matches!(view.since(Some(start)), Update::Snapshot(_)));
-    let recent = Stamp { revision: isthmus_model::ids::Revision(state.stamp().revision.0 - 1024), ..start };
-    assert!(
-        matches!(view.since(Some(recent)), Update::Delta(delta) if delta.from == recent && delta.settings.is_some())
-    );
 }

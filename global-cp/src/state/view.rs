@@ -3,9 +3,10 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
+use isthmus_api::convert::snapshot_digest;
 use isthmus_model::{
     global::{GlobalDelta, GlobalSnapshot},
     ids::{ClusterName, Revision, ServiceName, Stamp},
@@ -37,34 +38,72 @@ pub enum Update {
         /// Where this node stands.
         here: Stamp,
     },
+    /// It holds another state under the stamp of this node's: the two have different histories.
+    Diverged,
     /// There is nothing yet to send.
     NotFounded,
 }
 
+/// What a member holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Which state it says it is.
+    pub stamp: Stamp,
+    /// What is in it.
+    pub content: Content,
+}
+
+/// How sure it is that a stamp means the same state there as here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// It came from this node's present run.
+    Known,
+    /// The member's digest of it, to be compared.
+    Digest(Digest),
+    /// The member did not say, or in a way that cannot be compared.
+    Unknown,
+}
+
+/// See [`isthmus_api::convert::snapshot_digest`].
+pub type Digest = [u8; 32];
+
 /// What one revision touched.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Change {
+    pub(super) epoch: bool,
     pub(super) bundle: bool,
     pub(super) settings: bool,
     pub(super) clusters: BTreeSet<ClusterName>,
     pub(super) services: BTreeSet<ServiceName>,
 }
 
-/// The last changes, newest at the back. Kept in memory only: after a restart members get a snapshot, or deltas from
-/// what the log still replayed.
+/// The last changes, newest at the back. Kept in memory only: after a restart members that missed something get a
+/// snapshot.
 #[derive(Clone, Debug, Default)]
 struct History {
-    /// A member that holds this, or later, can be served from `changes`.
+    /// A member that holds this, or later, can be served from `steps`.
     base: Stamp,
-    /// `changes[i]` led from `base + i` to `base + i + 1`.
-    changes: VecDeque<Arc<Change>>,
+    /// Of the state at `base`.
+    base_digest: LazyDigest,
+    /// `steps[i]` led from `base + i` to `base + i + 1`.
+    steps: VecDeque<Step>,
 }
+
+#[derive(Clone, Debug)]
+struct Step {
+    change: Arc<Change>,
+    /// Of the state that it led to.
+    digest: LazyDigest,
+}
+
+/// A state's digest, made when it is first asked for: while the state is the latest, or never.
+type LazyDigest = Arc<OnceLock<Digest>>;
 
 impl View {
     /// Starts with no past.
     pub fn new(state: Arc<State>) -> Self {
-        let base = state.stamp();
-        Self { state, history: History { base, changes: VecDeque::new() } }
+        let history = History::new(state.stamp());
+        Self { state, history }
     }
 
     /// The whole replicated state.
@@ -80,32 +119,50 @@ impl View {
     /// Moves on to `state`, which `changes` led to, one for each revision.
     pub(crate) fn advance(&mut self, state: Arc<State>, changes: impl IntoIterator<Item = Change>) {
         for change in changes {
-            self.history.changes.push_back(Arc::new(change));
-            if self.history.changes.len() > WINDOW {
-                self.history.changes.pop_front();
+            self.history.steps.push_back(Step { change: Arc::new(change), digest: LazyDigest::default() });
+            if self.history.steps.len() > WINDOW
+                && let Some(oldest) = self.history.steps.pop_front()
+            {
                 self.history.base.revision = Revision(self.history.base.revision.0 + 1);
+                self.history.base_digest = oldest.digest;
             }
         }
         self.state = state;
         if self.history.base.epoch != self.state.stamp().epoch {
-            self.history = History { base: self.state.stamp(), changes: VecDeque::new() };
+            self.history = History::new(self.state.stamp());
         }
     }
 
-    /// What brings a member that holds `held` up to date.
-    pub fn since(&self, held: Option<Stamp>) -> Update {
+    /// What brings a member that holds `held` up to date. A delta only for who holds what this node held then.
+    pub fn since(&self, held: Option<Held>) -> Update {
         let Some(global) = self.state.global() else { return Update::NotFounded };
-        let Some(held) = held else { return Update::Snapshot(global.clone()) };
-        if held == global.stamp {
-            return Update::UpToDate;
-        }
-        if held > global.stamp {
+        let Some(Held { stamp, content }) = held else { return Update::Snapshot(global.clone()) };
+        if stamp > global.stamp {
             return Update::Ahead { here: global.stamp };
         }
-        match self.history.since(held) {
-            Some(changes) => Update::Delta(Box::new(delta(global, held, changes))),
+        if stamp == global.stamp {
+            return match content {
+                Content::Digest(digest) if digest != self.digest(global) => Update::Diverged,
+                Content::Digest(_) | Content::Known | Content::Unknown => Update::UpToDate,
+            };
+        }
+        match self.history.since(stamp, content) {
+            Some(changes) => Update::Delta(Box::new(delta(global, stamp, changes))),
             None => Update::Snapshot(global.clone()),
         }
+    }
+
+    /// Remembers the latest state's digest, so that who holds that state can be served a delta when it comes back. To be
+    /// called when the state is sent to anyone; the first call for a state costs one pass over it.
+    pub fn remember(&self) {
+        if let Some(global) = self.state.global() {
+            self.digest(global);
+        }
+    }
+
+    fn digest(&self, global: &GlobalSnapshot) -> Digest {
+        let latest = self.history.steps.back().map_or(&self.history.base_digest, |step| &step.digest);
+        *latest.get_or_init(|| snapshot_digest(global))
     }
 }
 
@@ -117,13 +174,26 @@ impl Change {
 }
 
 impl History {
-    /// The changes after `held`, or `None` if it lies before the window.
-    fn since(&self, held: Stamp) -> Option<impl Iterator<Item = &Change>> {
+    fn new(base: Stamp) -> Self {
+        Self { base, base_digest: LazyDigest::default(), steps: VecDeque::new() }
+    }
+
+    /// The changes after `held`, or `None` if it lies before the window, or is not the state that was here then.
+    fn since(&self, held: Stamp, content: Content) -> Option<impl Iterator<Item = &Change>> {
         if held.epoch != self.base.epoch {
             return None;
         }
         let skip = usize::try_from(held.revision.0.checked_sub(self.base.revision.0)?).ok()?;
-        (skip <= self.changes.len()).then(|| self.changes.iter().skip(skip).map(Arc::as_ref))
+        let then = match skip.checked_sub(1) {
+            None => &self.base_digest,
+            Some(last) => &self.steps.get(last)?.digest,
+        };
+        let same = match content {
+            Content::Known => true,
+            Content::Digest(digest) => then.get() == Some(&digest),
+            Content::Unknown => false,
+        };
+        same.then(|| self.steps.iter().skip(skip).map(|step| step.change.as_ref()))
     }
 }
 

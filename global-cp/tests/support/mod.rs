@@ -79,6 +79,7 @@ pub(crate) fn config(state_dir: &Path) -> Config {
         raft: Raft::default(),
         drain_grace: Duration::from_secs(5),
         telemetry: Default::default(),
+        new_epoch: false,
     }
 }
 
@@ -92,8 +93,12 @@ pub(crate) fn anyone() -> PeerPolicy {
 
 impl ControlPlane {
     pub(crate) async fn start(state_dir: &Path) -> Self {
+        Self::start_with(state_dir, config(state_dir)).await
+    }
+
+    pub(crate) async fn start_with(state_dir: &Path, config: Config) -> Self {
         isthmus_identity::install_crypto();
-        let bound: Bound = build(config(state_dir)).await.unwrap();
+        let bound: Bound = build(config).await.unwrap();
         let (grpc, health, shutdown) = (bound.grpc, bound.health, bound.shutdown());
         let admin = Admin::of(state_dir, bound.admin);
         let running = tokio::spawn(bound.run_until(std::future::pending()));
@@ -230,8 +235,27 @@ impl Session {
         cluster: &str,
         held: Option<common::Stamp>,
     ) -> Result<Self, Status> {
+        let hello = pb::Hello { cluster: cluster.to_owned(), held, version: "test".to_owned(), held_digest: vec![] };
+        Self::greet(client, hello).await
+    }
+
+    /// As an agent of this version that holds `state`.
+    pub(crate) async fn resume(
+        client: &mut FederationClient<Channel>,
+        cluster: &str,
+        state: &GlobalSnapshot,
+    ) -> Result<Self, Status> {
+        let hello = pb::Hello {
+            cluster: cluster.to_owned(),
+            held: Some(state.stamp.into()),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            held_digest: isthmus_api::convert::snapshot_digest(state).to_vec(),
+        };
+        Self::greet(client, hello).await
+    }
+
+    async fn greet(client: &mut FederationClient<Channel>, hello: pb::Hello) -> Result<Self, Status> {
         let (up, messages) = mpsc::channel(8);
-        let hello = pb::Hello { cluster: cluster.to_owned(), held, version: "test".to_owned() };
         up.send(AgentMessage { kind: Some(agent_message::Kind::Hello(hello)) }).await.unwrap();
         let down = client.session(ReceiverStream::new(messages)).await?.into_inner();
         Ok(Self { up, down })

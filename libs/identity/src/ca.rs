@@ -306,6 +306,11 @@ fn parse_csr(der: &[u8]) -> Result<CertificateSigningRequestParams, CaError> {
     Ok(request)
 }
 
+/// SHA-256 of the key that a request is for, once the request proved its possession.
+pub fn csr_key_sha256(csr_der: &[u8]) -> Result<[u8; 32], CaError> {
+    Ok(crate::tls::sha256(parse_csr(csr_der)?.public_key.der_bytes()))
+}
+
 /// 16 random bytes, positive as RFC 5280 (4.1.2.2) wants.
 fn random_serial() -> [u8; 16] {
     let mut serial: [u8; 16] = rand::rng().random();

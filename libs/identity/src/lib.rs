@@ -36,8 +36,8 @@ fn now() -> Timestamp {
 /// The end of the year 9999, the last that RFC 3339 can write.
 const LAST_DATE_MS: u64 = 253_402_300_799_000;
 
-/// For people.
-fn rfc3339(t: Timestamp) -> String {
+/// A point in time for people: RFC 3339, to the second.
+pub fn rfc3339(t: Timestamp) -> String {
     let time = UNIX_EPOCH + Duration::from_millis(t.0.min(LAST_DATE_MS));
     humantime::format_rfc3339_seconds(time).to_string()
 }

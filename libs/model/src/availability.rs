@@ -91,6 +91,12 @@ impl Observations {
         true
     }
 
+    /// Takes up what was known of `service` in `cluster` before a restart, unless something is known already. The next
+    /// [`Observations::observe`] goes on from there.
+    pub fn recall(&mut self, service: &ServiceName, cluster: &ClusterName, past: Observation) {
+        self.services.entry(service.clone()).or_default().entry(cluster.clone()).or_insert(past);
+    }
+
     /// No working tunnel leads to `cluster` any more: all that is known of it stays known, but unreachable. Returns
     /// whether anything changed.
     pub fn lose_cluster(&mut self, cluster: &ClusterName, now: Timestamp) -> bool {
@@ -105,7 +111,17 @@ impl Observations {
 
     /// Forgets `service` in `cluster` (withdrawn export, removed cluster).
     pub fn forget(&mut self, service: &ServiceName, cluster: &ClusterName) {
-        self.retain(|s, c| (s, c) != (service, cluster));
+        let _ = self.take(service, cluster);
+    }
+
+    /// The same, and returns what was known.
+    pub fn take(&mut self, service: &ServiceName, cluster: &ClusterName) -> Option<Observation> {
+        let by = self.services.get_mut(service)?;
+        let known = by.remove(cluster);
+        if by.is_empty() {
+            self.services.remove(service);
+        }
+        known
     }
 
     /// Forgets all services in `cluster` (removed or revoked).
@@ -200,6 +216,30 @@ mod tests {
         assert!(!all.find(&service, &cluster).unwrap().current.is_serving());
         all.observe(&service, &cluster, UP, Timestamp(4));
         assert_eq!(all.find(&service, &cluster).unwrap().recovered_at, Some(Timestamp(4)));
+    }
+
+    #[test]
+    fn what_is_recalled_goes_on_as_if_nothing_had_happened_in_between() {
+        let (service, cluster) = names();
+        let past = |current, recovered_at: Option<u64>| Observation {
+            current,
+            recovered_at: recovered_at.map(Timestamp),
+            ever_served: true,
+        };
+        let next = |past, word| {
+            let mut all = Observations::default();
+            all.recall(&service, &cluster, past);
+            all.observe(&service, &cluster, word, Timestamp(9));
+            all.find(&service, &cluster).unwrap().recovered_at
+        };
+        assert_eq!(next(past(UP, Some(3)), UP), Some(Timestamp(3)), "its hold-down goes on");
+        assert_eq!(next(past(UP, None), UP), None, "a restart alone is no recovery");
+        assert_eq!(next(past(DOWN, None), UP), Some(Timestamp(9)), "it returned while nobody looked");
+        assert_eq!(next(past(UP, Some(3)), DOWN), None);
+        let mut all = Observations::default();
+        all.observe(&service, &cluster, UP, Timestamp(1));
+        all.recall(&service, &cluster, past(DOWN, None));
+        assert!(all.find(&service, &cluster).unwrap().current.is_serving(), "what is known counts");
     }
 
     #[test]

@@ -171,6 +171,9 @@ pub enum InconsistentError {
 }
 
 impl GlobalSnapshot {
+    /// Clusters that one state may hold, revoked ones included.
+    pub const MAX_CLUSTERS: usize = 4_096;
+
     /// Applies `delta`, or refuses it unchanged if it starts elsewhere.
     pub fn apply(&mut self, delta: GlobalDelta) -> Result<(), GapError> {
         if delta.from != self.stamp {
@@ -194,27 +197,44 @@ impl GlobalSnapshot {
         Ok(())
     }
 
-    /// The delta that turns `self` into `next`. Both must be of the same federation.
-    pub fn delta_to(&self, next: &Self) -> GlobalDelta {
-        GlobalDelta {
-            from: self.stamp,
-            to: next.stamp,
-            federation_bundle: (self.federation_bundle != next.federation_bundle)
-                .then(|| next.federation_bundle.clone()),
-            settings: (self.settings != next.settings).then(|| next.settings.clone()),
-            clusters: news(&self.clusters, &next.clusters),
-            removed_clusters: gone(&self.clusters, &next.clusters),
-            services: news(&self.services, &next.services),
-            removed_services: gone(&self.services, &next.services),
+    /// Revocation is for good: what `held` knows as revoked stays so here, whatever this state says of it, and exports
+    /// nothing. Returns the clusters of which this state said otherwise. Those that it does not know are put back as far as
+    /// there is room; one that is not known is no member either.
+    pub fn keep_revoked(&mut self, held: &Self) -> Vec<ClusterName> {
+        let mut forced = Vec::new();
+        let mut room = Self::MAX_CLUSTERS.saturating_sub(self.clusters.len());
+        for past in held.clusters.values().filter(|c| c.state == ClusterState::Revoked) {
+            match self.clusters.get_mut(&past.name) {
+                Some(now) if now.state == ClusterState::Revoked => continue,
+                Some(now) => now.state = ClusterState::Revoked,
+                None if room == 0 => continue,
+                None => {
+                    room -= 1;
+                    self.clusters.insert(past.name.clone(), past.clone());
+                }
+            }
+            self.withdraw(&past.name);
+            forced.push(past.name.clone());
         }
+        forced
     }
 
-    /// Checks what no single entry shows: indexes are unique, each trust domain has one owner, exporters are known and
-    /// name only identities of their own trust domain.
+    fn withdraw(&mut self, cluster: &ClusterName) {
+        self.services.retain(|_, service| {
+            if service.exporters.remove(cluster).is_some() {
+                service.ports.retain_mut(|port| !port.clusters.remove(cluster) || !port.clusters.is_empty());
+            }
+            !service.exporters.is_empty()
+        });
+    }
+
+    /// Checks what no single entry shows: of the active clusters, indexes are unique and each trust domain has one owner
+    /// (a revoked one uses neither, and may be known here only from an earlier state); exporters are known and name only
+    /// identities of their own trust domain.
     pub fn check(&self) -> Result<(), InconsistentError> {
         let mut indexes = BTreeSet::new();
         let mut domains = BTreeSet::from([&self.federation]);
-        for cluster in self.clusters.values() {
+        for cluster in self.clusters.values().filter(|c| c.state == ClusterState::Active) {
             if !indexes.insert(cluster.index) {
                 return Err(InconsistentError::ClusterIndexTwice(cluster.index));
             }
@@ -252,16 +272,6 @@ impl GlobalSnapshot {
     pub fn active_cluster(&self, name: &ClusterName) -> Option<&ClusterInfo> {
         self.clusters.get(name).filter(|c| c.state == ClusterState::Active)
     }
-}
-
-/// What is new or different in `next`.
-fn news<K: Ord, V: Clone + PartialEq>(held: &BTreeMap<K, V>, next: &BTreeMap<K, V>) -> Vec<V> {
-    next.iter().filter(|(k, v)| held.get(k) != Some(v)).map(|(_, v)| v.clone()).collect()
-}
-
-/// What `next` has no more.
-fn gone<K: Ord + Clone, V>(held: &BTreeMap<K, V>, next: &BTreeMap<K, V>) -> Vec<K> {
-    held.keys().filter(|k| !next.contains_key(k)).cloned().collect()
 }
 
 #[cfg(test)]

@@ -8,6 +8,8 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     ids::{ClusterName, PortName, ServiceName, Zone},
     service::AppProtocol,
@@ -55,7 +57,7 @@ impl LocalEndpoints {
 }
 
 /// A gateway, as its own cluster's agent and sidecars see it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LocalGateway {
     /// Unique within the cluster.
     pub name: String,
@@ -70,7 +72,7 @@ pub struct LocalGateway {
 }
 
 /// A sidecar, as its launcher describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sidecar {
     /// Unique within the cluster; Envoy's node id.
     pub name: String,
@@ -83,7 +85,7 @@ pub struct Sidecar {
 }
 
 /// How a sidecar hands a port's traffic to its app.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inbound {
     /// Where the app listens; a loopback address.
     pub app: SocketAddr,

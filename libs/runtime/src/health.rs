@@ -5,6 +5,7 @@
 //! registry and, without its doing, metrics of the process and its tasks. The server stays up through the drain, so that
 //! "unready" is an answer and not a refused connection.
 
+mod listener;
 mod process;
 mod readiness;
 #[cfg(test)]
@@ -25,10 +26,14 @@ use crate::BoxError;
 use crate::net::{self, BindError};
 use crate::tasks::Tasks;
 
+use listener::Limited;
 pub use readiness::{Gate, Readiness};
 
 /// Where a service registers its metrics.
 pub type Registry = prometheus_client::registry::Registry;
+
+/// Most open connections; one more is closed at once. Probes and scrapers need a handful.
+const MAX_CONNECTIONS: usize = 128;
 
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -72,7 +77,7 @@ impl HealthListener {
             .route("/metrics", get(metrics))
             .with_state(state)
             .merge(extra);
-        let listener = self.listener;
+        let listener = Limited::new(self.listener, MAX_CONNECTIONS);
         tasks.background("health", async move { axum::serve(listener, router).await.map_err(BoxError::from) });
     }
 }

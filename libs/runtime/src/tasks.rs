@@ -125,7 +125,10 @@ impl Tasks {
 
     /// Waits for SIGTERM, SIGINT, a requested [`Shutdown`] or a critical task's failure; then requests shutdown, waits
     /// up to `grace` for tasks to end, and aborts the rest. Another signal meanwhile aborts at once.
+    ///
+    /// Also lifts the process's limit of open files as far as it may go: every connection is one.
     pub async fn run(self, grace: Duration) -> Result<(), TaskError> {
+        crate::open_files::raise();
         let mut terminate = signal(SignalKind::terminate()).map_err(TaskError::Signals)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(TaskError::Signals)?;
         let (stop, force) = (CancellationToken::new(), CancellationToken::new());

@@ -19,6 +19,7 @@ use opentelemetry_sdk::trace::SdkTracerProvider;
 use serde::Deserialize;
 use tokio::runtime::Runtime;
 use tracing::Subscriber;
+use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::filter_fn;
@@ -87,6 +88,15 @@ impl Validate for TelemetryConfig {
 /// Why telemetry did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
+    /// A word of the log filter is neither a level nor of the form module=level.
+    #[error(
+        "log level {level:?} is neither a level (error, warn, info, debug, trace, off) nor a filter such as \
+         \"info,isthmus_gateway=debug\""
+    )]
+    Word {
+        /// What was configured.
+        level: String,
+    },
     /// The log filter cannot be parsed.
     #[error(
         "log level {level:?} is neither a level (error, warn, info, debug, trace) nor a filter such as \
@@ -192,6 +202,13 @@ impl Exporter {
 
 impl LogConfig {
     fn filter(&self) -> Result<EnvFilter, TelemetryError> {
+        // A bare word that is no level would be taken for a module's name, and silence everything else.
+        let bare = self.level.split(',').map(str::trim).filter(|part| !part.contains(['=', '[']));
+        for word in bare {
+            if word.parse::<LevelFilter>().is_err() {
+                return Err(TelemetryError::Word { level: self.level.clone() });
+            }
+        }
         EnvFilter::builder()
             .parse(&self.level)
             .map_err(|source| TelemetryError::Level { level: self.level.clone(), source })

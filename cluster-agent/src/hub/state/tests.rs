@@ -1,13 +1,15 @@
+use std::collections::BTreeSet;
+
 use isthmus_api::manifest::{self, Object};
 use isthmus_model::{
     availability::Report,
-    global::{Exporter, GlobalService, Settings},
-    ids::{Epoch, Revision, Stamp, VipIndex},
-    service::{AppProtocol, ServiceKind, TrustBundle},
+    global::{ClusterInfo, Exporter, GlobalPort, GlobalService, Locality, Settings},
+    ids::{ClusterIndex, Epoch, PortName, Revision, Stamp, VipIndex},
+    local::{self, Inbound},
+    service::{AppProtocol, ServiceKind, ServicePort, TrustBundle},
 };
 
 use super::*;
-use crate::view::InboundPort;
 
 const TEXT: &str = "apiVersion: v1
 kind: Service
@@ -37,6 +39,7 @@ fn own() -> Own {
         trust_domain: "us-east.example".parse().unwrap(),
         vip_range: "127.64.0.0/16".parse().unwrap(),
         zone: "us-east-1".parse().unwrap(),
+        workload_lifetime: Duration::from_secs(3600),
     }
 }
 
@@ -51,6 +54,24 @@ fn manifests() -> Arc<Manifests> {
         problems: Vec::new(),
         synced: true,
     })
+}
+
+fn cluster((index, name): (u16, &str)) -> (ClusterName, ClusterInfo) {
+    let name: ClusterName = name.parse().unwrap();
+    let bundle = TrustBundle {
+        trust_domain: format!("{name}.example").parse().unwrap(),
+        document: String::new(),
+        predecessor_signature: Vec::new(),
+    };
+    let info = ClusterInfo {
+        name: name.clone(),
+        index: ClusterIndex(index),
+        locality: Locality { region: "us".parse().unwrap(), zone: "us-1".parse().unwrap() },
+        state: ClusterState::Active,
+        bundle,
+        gateways: Vec::new(),
+    };
+    (name, info)
 }
 
 /// us-east and us-west export the cart.
@@ -75,7 +96,7 @@ fn global() -> Arc<GlobalSnapshot> {
             predecessor_signature: Vec::new(),
         },
         settings: Settings::default(),
-        clusters: BTreeMap::new(),
+        clusters: (1..).zip(["us-east", "us-west"]).map(cluster).collect(),
         services: BTreeMap::from([(cart(), service)]),
     })
 }
@@ -85,28 +106,25 @@ fn state() -> State {
 }
 
 fn sidecar(account: &str) -> Sidecar {
-    Sidecar {
+    let inbound = Inbound { app: "127.0.0.1:18080".parse().unwrap(), protocol: AppProtocol::Http };
+    let hello = local::Sidecar {
         name: "cart-1".to_owned(),
-        identity: format!("spiffe://us-east.example/ns/shop/sa/{account}").parse().unwrap(),
         address: "127.1.1.21".parse().unwrap(),
-        inbound: vec![InboundPort {
-            port: 15080,
-            app: "127.0.0.1:18080".parse().unwrap(),
-            protocol: AppProtocol::Http,
-        }],
-        upstreams: Vec::new(),
-    }
+        inbound: BTreeMap::from([(15080, inbound)]),
+        upstreams: BTreeSet::new(),
+    };
+    Sidecar { hello, identity: format!("spiffe://us-east.example/ns/shop/sa/{account}").parse().unwrap() }
 }
 
 fn gateway(name: &str) -> LocalGateway {
-    LocalGateway {
+    let hello = local::LocalGateway {
         name: name.to_owned(),
         tunnel: "127.1.1.11:15443".parse().unwrap(),
-        ip: "127.1.1.11".parse().unwrap(),
+        local_ip: "127.1.1.11".parse().unwrap(),
         auto_port: 15440,
         pinned_port_base: 15500,
-        draining: false,
-    }
+    };
+    LocalGateway { hello, draining: false }
 }
 
 fn report(ready: u8, reachable: bool) -> GatewayEvent {
@@ -124,7 +142,7 @@ fn on_gateway(state: &mut State, name: &str, session: Session, event: GatewayEve
 }
 
 fn ready(state: &State) -> bool {
-    state.view().endpoints[&cart()][0].ready
+    state.view().endpoints.of(&cart())[0].ready
 }
 
 fn west(state: &State) -> Option<Availability> {
@@ -142,9 +160,53 @@ fn nothing_is_published_before_the_source_was_read() {
     let unsynced = Arc::new(Manifests { synced: false, ..(*manifests()).clone() });
     let mut state = State::new(own(), global(), unsynced, Members::default(), NOW);
     assert_eq!(state.intent(), None);
-    assert_eq!(state.view().endpoints.len(), 1);
+    assert_eq!(state.view().endpoints.services.len(), 1);
     state.apply(Event::Manifests(manifests()), NOW).unwrap();
     assert_eq!(state.intent().unwrap().exports.len(), 1);
+}
+
+/// The federation calls the cart's port 80 by another name, and has a port of another cluster's under ours.
+fn renamed() -> Arc<GlobalSnapshot> {
+    let port = |name: &str, number, clusters: &[&str]| GlobalPort {
+        port: ServicePort { name: name.parse().unwrap(), number, protocol: AppProtocol::Http },
+        clusters: clusters.iter().map(|c| c.parse().unwrap()).collect(),
+    };
+    let mut global = (*global()).clone();
+    global.stamp.revision = Revision(2);
+    global.services.get_mut(&cart()).unwrap().ports =
+        vec![port("web", 80, &["us-east", "us-west"]), port("metrics", 9090, &["us-west"])];
+    Arc::new(global)
+}
+
+fn ports(endpoints: &LocalEndpoints) -> Vec<(&str, u16)> {
+    endpoints.of(&cart())[0].ports.iter().map(|(name, number)| (name.as_str(), *number)).collect()
+}
+
+#[test]
+fn endpoints_are_found_by_the_global_ports_name_and_by_the_own_one_while_not_exported() {
+    let mut state = state();
+    serve(&mut state);
+    let mut without_us = (*renamed()).clone();
+    without_us.services.get_mut(&cart()).unwrap().exporters.remove(&own().cluster);
+    for (global, expected) in [(without_us.into(), "http"), (renamed(), "web")] {
+        state.apply(Event::Global(global), NOW).unwrap();
+        assert_eq!(ports(&state.view().endpoints), [(expected, 15080)]);
+        assert_eq!(ports(&state.exported()), [(expected, 15080)], "what gateways get");
+    }
+    assert!(ready(&state));
+    state.apply(Event::Manifests(manifests()), NOW).unwrap();
+    assert_eq!(ports(&state.exported()), [("web", 15080)], "whatever event came last");
+}
+
+#[test]
+fn an_own_port_never_stands_for_another_clusters_port_of_its_name() {
+    let mut state = state();
+    let mut global = (*renamed()).clone();
+    let ports_of = &mut global.services.get_mut(&cart()).unwrap().ports;
+    ports_of.remove(0);
+    ports_of[0].port.name = "http".parse::<PortName>().unwrap();
+    state.apply(Event::Global(Arc::new(global)), NOW).unwrap();
+    assert_eq!(ports(&state.exported()), []);
 }
 
 #[test]
@@ -249,6 +311,7 @@ fn a_recovery_is_looked_at_again_when_its_hold_down_ends() {
     let hold_down = global().settings.failover.hold_down;
     assert_eq!(state.next_change(at(2)), Some(at(2) + hold_down));
     assert_eq!(state.next_change(at(2) + hold_down), None);
+    assert_eq!(state.next_change(Timestamp(0)), None, "the clock was set back: nothing is held down");
 }
 
 #[test]
@@ -276,4 +339,35 @@ fn a_sidecar_not_heard_of_for_a_day_is_forgotten() {
     assert_eq!(state.view().sidecars.len(), 1);
     state.tick(at(25 * 3600));
     assert_eq!(state.view().sidecars.len(), 0);
+}
+
+#[test]
+fn a_sidecar_is_remembered_for_as_long_as_its_certificate_may_live() {
+    let day = Duration::from_secs(24 * 3600);
+    let own = Own { workload_lifetime: 7 * day, ..own() };
+    let mut state = State::new(own, global(), manifests(), Members::default(), NOW);
+    serve(&mut state);
+    on_sidecar(&mut state, 1, SidecarEvent::Lost).unwrap();
+    state.tick(NOW + 6 * day);
+    assert_eq!(state.view().sidecars.len(), 1);
+    state.tick(NOW + 7 * day);
+    assert_eq!(state.view().sidecars.len(), 0);
+}
+
+#[test]
+fn what_was_never_read_is_neither_known_nor_forgotten() {
+    let mut before = state();
+    serve(&mut before);
+    let unread = Arc::new(Manifests::default());
+    let mut after = State::new(own(), global(), unread, before.members().clone(), at(5));
+    assert!(!after.view().objects_known);
+    assert_eq!(after.members().first_seen, before.members().first_seen);
+    assert_eq!(after.members().observations, before.members().observations);
+    after.apply(Event::Manifests(manifests()), at(6)).unwrap();
+    assert!(after.view().objects_known);
+    assert_eq!(after.intent(), before.intent());
+    let none = Arc::new(Manifests { synced: true, ..Manifests::default() });
+    after.apply(Event::Manifests(none), at(7)).unwrap();
+    assert!(after.view().objects_known, "a folder without objects is known too");
+    assert!(after.members().first_seen.is_empty());
 }

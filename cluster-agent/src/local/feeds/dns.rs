@@ -86,21 +86,8 @@ impl Stream<'_> {
         }
     }
 
-    /// What the server does not have yet.
     fn next(&self) -> Option<Update> {
-        let feeds = self.feeds.borrow();
-        let view = &feeds.view;
-        // Stamp zero is the state before the first one: there is nothing to answer from.
-        if view.global.stamp == Stamp::default() {
-            return None;
-        }
-        let endpoints = headless(&view.global, &feeds.exported);
-        let known = self.sent.config.as_ref();
-        if known.is_none_or(|(global, sent)| !Arc::ptr_eq(global, &view.global) || *sent != endpoints) {
-            return Some(Update::Config(view.global.clone(), endpoints));
-        }
-        let known = self.sent.observations.as_ref().is_some_and(|sent| Arc::ptr_eq(sent, &view.observations));
-        (!known).then(|| Update::Availability(view.observations.clone()))
+        self.sent.lacks(&self.feeds.borrow())
     }
 
     fn message(&mut self, update: Update) -> DnsUpdate {
@@ -122,9 +109,41 @@ impl Stream<'_> {
     }
 }
 
+impl Sent {
+    /// What the server does not have yet. Until this agent knows the federation's state (stamp zero comes before the
+    /// first one) and its own objects, the server answers from what it has.
+    fn lacks(&self, feeds: &Feeds) -> Option<Update> {
+        let view = &feeds.view;
+        if view.global.stamp == Stamp::default() || !view.objects_known {
+            return None;
+        }
+        let endpoints = headless(&view.global, &feeds.exported);
+        let known = self.config.as_ref();
+        if known.is_none_or(|(global, sent)| !Arc::ptr_eq(global, &view.global) || *sent != endpoints) {
+            return Some(Update::Config(view.global.clone(), endpoints));
+        }
+        let known = self.observations.as_ref().is_some_and(|sent| Arc::ptr_eq(sent, &view.observations));
+        (!known).then(|| Update::Availability(view.observations.clone()))
+    }
+}
+
 /// Only headless services are answered with endpoints.
 fn headless(global: &GlobalSnapshot, exported: &LocalEndpoints) -> LocalEndpoints {
     let is_headless = |name| global.services.get(name).is_some_and(|s| s.kind == ServiceKind::Headless);
     let services = exported.services.iter().filter(|(name, _)| is_headless(name));
     LocalEndpoints { services: services.map(|(name, e)| (name.clone(), e.clone())).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{view::View, xds::fixture::view};
+
+    #[test]
+    fn nothing_is_sent_before_the_objects_were_read() {
+        let feeds =
+            |objects_known| Feeds { view: Arc::new(View { objects_known, ..view() }), exported: Arc::default() };
+        assert!(Sent::default().lacks(&feeds(false)).is_none());
+        assert!(matches!(Sent::default().lacks(&feeds(true)), Some(Update::Config(..))));
+    }
 }

@@ -9,7 +9,7 @@ use isthmus_api::{
 };
 use isthmus_model::{
     ids::Stamp,
-    local::{LocalEndpoints, LocalGateway as Hello},
+    local::{self, LocalEndpoints},
 };
 use tokio::sync::{mpsc::Sender, watch};
 use tonic::{Status, Streaming};
@@ -29,17 +29,9 @@ pub(super) async fn run(parts: &Parts, mut inbound: Streaming<GatewayMessage>, o
     let Some(gateway_message::Kind::Hello(hello)) = first(&mut inbound).await?.kind else {
         return Err(hello_missing());
     };
-    let hello = Hello::try_from(hello)?;
-    let name = hello.name.clone();
+    let gateway = LocalGateway { hello: local::LocalGateway::try_from(hello)?, draining: false };
+    let name = gateway.hello.name.clone();
     let session = parts.hub.session();
-    let gateway = LocalGateway {
-        name: hello.name,
-        tunnel: hello.tunnel,
-        ip: hello.local_ip,
-        auto_port: hello.auto_port,
-        pinned_port_base: hello.pinned_port_base,
-        draining: false,
-    };
     taken(parts.hub.send(Event::Gateway(name.clone(), session, GatewayEvent::Hello(gateway))).await)?;
     parts.status.attached(ConsumerKind::Gateway, &name, session);
     tracing::info!(gateway = %name, "gateway connected");
@@ -107,6 +99,10 @@ impl Stream<'_> {
                 self.parts.status.applied(ConsumerKind::Gateway, self.name, Stamp::try_from(stamp)?);
                 return Ok(());
             }
+            Some(gateway_message::Kind::Problems(problems)) => {
+                self.parts.status.consumer_problems(ConsumerKind::Gateway, self.name, problems.texts);
+                return Ok(());
+            }
             Some(gateway_message::Kind::Availability(report)) => {
                 GatewayEvent::Report(AvailabilityReport::try_from(report)?)
             }
@@ -117,16 +113,8 @@ impl Stream<'_> {
         taken(self.parts.hub.send(Event::Gateway(self.name.to_owned(), self.session, event)).await)
     }
 
-    /// What the gateway does not have yet.
     fn next(&self) -> Option<Update> {
-        let feeds = self.feeds.borrow();
-        let stamp = feeds.view.global.stamp;
-        // Stamp zero is the state before the first one.
-        if stamp != Stamp::default() && self.sent.stamp != Some(stamp) {
-            return Some(Update::Global(feeds.clone()));
-        }
-        let known = self.sent.endpoints.as_ref().is_some_and(|sent| Arc::ptr_eq(sent, &feeds.exported));
-        (!known).then(|| Update::Endpoints(feeds.exported.clone()))
+        self.sent.lacks(&self.feeds.borrow())
     }
 
     fn mark(&mut self, update: &Update) {
@@ -134,6 +122,19 @@ impl Stream<'_> {
             Update::Global(feeds) => self.sent.stamp = Some(feeds.view.global.stamp),
             Update::Endpoints(endpoints) => self.sent.endpoints = Some(endpoints.clone()),
         }
+    }
+}
+
+impl Sent {
+    /// What the gateway does not have yet. Of what this agent does not know it keeps what it has.
+    fn lacks(&self, feeds: &Feeds) -> Option<Update> {
+        let stamp = feeds.view.global.stamp;
+        // Stamp zero is the state before the first one.
+        if stamp != Stamp::default() && self.stamp != Some(stamp) {
+            return Some(Update::Global(feeds.clone()));
+        }
+        let known = self.endpoints.as_ref().is_some_and(|sent| Arc::ptr_eq(sent, &feeds.exported));
+        (feeds.view.objects_known && !known).then(|| Update::Endpoints(feeds.exported.clone()))
     }
 }
 
@@ -149,5 +150,21 @@ impl Update {
             Self::Endpoints(endpoints) => gateway_update::Kind::Endpoints((&**endpoints).into()),
         };
         GatewayUpdate { kind: Some(kind) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{view::View, xds::fixture::view};
+
+    #[test]
+    fn endpoints_are_sent_only_once_the_objects_were_read() {
+        let feeds =
+            |objects_known| Feeds { view: Arc::new(View { objects_known, ..view() }), exported: Arc::default() };
+        let sent = Sent { stamp: Some(view().global.stamp), endpoints: None };
+        assert!(sent.lacks(&feeds(false)).is_none());
+        assert!(matches!(sent.lacks(&feeds(true)), Some(Update::Endpoints(_))));
+        assert!(matches!(Sent::default().lacks(&feeds(false)), Some(Update::Global(_))));
     }
 }

@@ -10,7 +10,7 @@ use isthmus_identity::bundle::BundleDocument;
 use isthmus_model::{
     global::{ClusterState, GlobalSnapshot},
     ids::SpiffeId,
-    local::Sidecar as Hello,
+    local,
     service::TrustBundle,
 };
 use tokio::sync::{mpsc::Sender, watch};
@@ -19,7 +19,7 @@ use tonic::{Status, Streaming};
 use super::{End, Parts, first, hello_again, hello_missing, place, taken};
 use crate::{
     hub::state::{Event, Session, SidecarEvent},
-    view::{InboundPort, Sidecar, View},
+    view::{Sidecar, View},
 };
 
 /// Ports in one readiness report.
@@ -36,8 +36,8 @@ pub(super) async fn run(
     let Some(sidecar_message::Kind::Hello(hello)) = first(&mut inbound).await?.kind else {
         return Err(hello_missing());
     };
-    let sidecar = registered(Hello::try_from(hello)?, identity);
-    let name = sidecar.name.clone();
+    let sidecar = Sidecar { hello: local::Sidecar::try_from(hello)?, identity };
+    let name = sidecar.hello.name.clone();
     let session = parts.hub.session();
     tracing::info!(sidecar = %name, identity = %sidecar.identity, "sidecar connected");
     taken(parts.hub.send(Event::Sidecar(name.clone(), session, SidecarEvent::Hello(sidecar))).await)?;
@@ -61,17 +61,6 @@ pub(super) async fn run(
     };
     taken(parts.hub.send(Event::Sidecar(name, session, event)).await)?;
     outcome.map(|_| ())
-}
-
-fn registered(hello: Hello, identity: SpiffeId) -> Sidecar {
-    let inbound = hello.inbound.into_iter();
-    Sidecar {
-        name: hello.name,
-        identity,
-        address: hello.address,
-        inbound: inbound.map(|(port, i)| InboundPort { port, app: i.app, protocol: i.protocol }).collect(),
-        upstreams: hello.upstreams.into_iter().collect(),
-    }
 }
 
 struct Stream<'a> {

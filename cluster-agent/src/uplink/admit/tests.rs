@@ -50,7 +50,7 @@ impl Fixture {
             clusters: [cluster("us-east", 1, east.bundle()), cluster("us-west", 2, west.bundle())].into(),
             services: BTreeMap::new(),
         };
-        let pins = Pins { federation: federation.bundle(), clusters: BTreeMap::new() };
+        let pins = Pins::new(federation.bundle());
         Self { own: "us-east".parse().unwrap(), bundle: east.bundle(), west, pins, raw }
     }
 
@@ -162,4 +162,73 @@ fn states_only_go_forward_unless_the_epoch_grew() {
     assert_eq!(is_news(held, stamp(1, 4)), Ok(false));
     assert!(is_news(held, stamp(1, 3)).is_err());
     assert_eq!(is_news(held, stamp(2, 1)), Ok(true));
+}
+
+fn in_state(raw: &GlobalSnapshot, name: &ClusterName, stamp: Stamp, state: ClusterState) -> GlobalSnapshot {
+    let mut raw = raw.clone();
+    raw.stamp = stamp;
+    raw.clusters.get_mut(name).unwrap().state = state;
+    raw
+}
+
+#[test]
+fn a_revocation_is_not_taken_back_by_a_later_state_nor_a_new_epoch() {
+    let f = Fixture::new();
+    let revoked = in_state(&f.raw, &west(), stamp(1, 5), ClusterState::Revoked);
+    let pins = f.admit(&revoked, &f.admitted()).unwrap().pins;
+    // As it is on the disk.
+    let pins: Pins = serde_json::from_slice(&serde_json::to_vec(&pins).unwrap()).unwrap();
+    for later in [stamp(1, 6), stamp(2, 1)] {
+        let active = in_state(&f.raw, &west(), later, ClusterState::Active);
+        let admitted = f.admit(&active, &pins).unwrap();
+        assert_eq!(admitted.snapshot.clusters[&west()].state, ClusterState::Revoked);
+        assert!(admitted.pins.revoked.contains(&west()));
+        assert!(admitted.problems[0].message.contains("revoked"), "{:?}", admitted.problems);
+    }
+}
+
+#[test]
+fn a_revoked_cluster_that_is_dropped_stays_revoked_also_when_it_comes_back() {
+    let f = Fixture::new();
+    let revoked = in_state(&f.raw, &west(), stamp(1, 5), ClusterState::Revoked);
+    let pins = f.admit(&revoked, &f.admitted()).unwrap().pins;
+    let mut without = f.raw.clone();
+    without.clusters.remove(&west());
+    without.stamp = stamp(2, 1);
+    let admitted = f.admit(&without, &pins).unwrap();
+    let kept = &admitted.snapshot.clusters[&west()];
+    assert_eq!((kept.state, &kept.bundle), (ClusterState::Revoked, &f.west.bundle()));
+    assert_eq!(admitted.snapshot.check(), Ok(()));
+    assert!(admitted.problems[0].at.contains("us-west"), "{:?}", admitted.problems);
+    let back = f.admit(&in_state(&f.raw, &west(), stamp(2, 2), ClusterState::Active), &admitted.pins).unwrap();
+    assert_eq!(back.snapshot.clusters[&west()].state, ClusterState::Revoked);
+}
+
+#[test]
+fn a_revoked_cluster_does_not_come_back_under_another_name_with_its_keys() {
+    let f = Fixture::new();
+    let revoked = in_state(&f.raw, &west(), stamp(1, 5), ClusterState::Revoked);
+    let pins = f.admit(&revoked, &f.admitted()).unwrap().pins;
+    let mut renamed = f.raw.clone();
+    renamed.clusters.remove(&west());
+    renamed.clusters.extend([cluster("us-new", 3, f.west.bundle())]);
+    let admitted = f.admit(&renamed, &pins).unwrap();
+    assert!(admitted.snapshot.active_cluster(&"us-new".parse().unwrap()).is_none());
+    assert_eq!(admitted.snapshot.check(), Ok(()));
+}
+
+#[test]
+fn our_own_revocation_stands_too() {
+    let f = Fixture::new();
+    let pins = f.admit(&in_state(&f.raw, &f.own, stamp(1, 5), ClusterState::Revoked), &f.pins).unwrap().pins;
+    let admitted = f.admit(&in_state(&f.raw, &f.own, stamp(2, 1), ClusterState::Active), &pins).unwrap();
+    assert_eq!(admitted.snapshot.clusters[&f.own].state, ClusterState::Revoked);
+}
+
+#[test]
+fn pins_saved_before_revocations_were_kept_can_be_read() {
+    let f = Fixture::new();
+    let mut json = serde_json::to_value(f.admitted()).unwrap();
+    json.as_object_mut().unwrap().remove("revoked");
+    assert_eq!(serde_json::from_value::<Pins>(json).unwrap(), f.admitted());
 }

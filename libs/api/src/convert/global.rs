@@ -13,6 +13,8 @@ use isthmus_model::{
     service::ServicePort,
     time::Timestamp,
 };
+use prost::Message as _;
+use sha2::{Digest as _, Sha256};
 
 use super::{
     ConvertError, Result,
@@ -49,6 +51,18 @@ impl From<&GlobalSnapshot> for pb::GlobalSnapshot {
             services: s.services.values().map(Into::into).collect(),
         }
     }
+}
+
+/// SHA-256 of a state's wire form: equal for two who hold the same state, whichever way it came to them. It tells
+/// histories apart, not forgers: whoever sends one is believed to hold what it names.
+pub fn snapshot_digest(snapshot: &GlobalSnapshot) -> [u8; 32] {
+    let mut wire = pb::GlobalSnapshot::from(snapshot);
+    // What a receiver cuts short.
+    for conflict in wire.services.iter_mut().flat_map(|service| &mut service.conflicts) {
+        conflict.reason = text(std::mem::take(&mut conflict.reason));
+        conflict.message = text(std::mem::take(&mut conflict.message));
+    }
+    Sha256::digest(wire.encode_to_vec()).into()
 }
 
 impl TryFrom<pb::GlobalDelta> for GlobalDelta {

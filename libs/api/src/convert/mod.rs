@@ -11,6 +11,7 @@ mod global;
 mod local;
 
 pub use federation::{ConsumerKind, ConsumerStatus, Problem, Status};
+pub use global::snapshot_digest;
 pub use local::{AvailabilityReport, own_availability};
 
 use std::{fmt, str::FromStr};
@@ -26,7 +27,7 @@ pub mod limits {
     /// Exports of one cluster.
     pub const EXPORTS: usize = 10_000;
     /// Clusters of a federation.
-    pub const CLUSTERS: usize = 4_096;
+    pub const CLUSTERS: usize = isthmus_model::global::GlobalSnapshot::MAX_CLUSTERS;
     /// Global services of a federation.
     pub const SERVICES: usize = 100_000;
     /// Conflicts of one service.

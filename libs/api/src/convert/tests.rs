@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use isthmus_model::{
     availability::{Availability, Report},
     failover::FailoverPolicy,
-    global::{ClusterInfo, ClusterState, GlobalDelta, GlobalSnapshot, Locality, Settings},
+    global::{ClusterInfo, ClusterState, Conflict, GlobalDelta, GlobalSnapshot, Locality, Settings},
     ids::{ClusterIndex, ClusterName, Epoch, Revision, ServiceName, Stamp, VipIndex},
     local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, TunnelState},
     merge::merge,
@@ -109,10 +109,32 @@ proptest! {
     }
 
     #[test]
+    fn a_digest_is_the_same_on_both_ends_and_another_for_another_state(mut sent in any_snapshot()) {
+        for service in sent.services.values_mut() {
+            // A receiver cuts it short.
+            service.conflicts.push(Conflict { reason: "Long".to_owned(), message: "x".repeat(limits::TEXT_BYTES + 1) });
+        }
+        let received = GlobalSnapshot::try_from(common::GlobalSnapshot::from(&sent)).unwrap();
+        prop_assert_eq!(snapshot_digest(&received), snapshot_digest(&sent));
+        let mut other = received.clone();
+        other.settings.failover.hold_down += Duration::from_millis(1);
+        prop_assert_ne!(snapshot_digest(&other), snapshot_digest(&received));
+    }
+
+    #[test]
     fn deltas_survive_the_wire(held in any_snapshot(), next in any_snapshot()) {
         let mut next = next;
         next.stamp = Stamp { epoch: Epoch(3), revision: Revision(0) };
-        let delta = held.delta_to(&next);
+        let delta = GlobalDelta {
+            from: held.stamp,
+            to: next.stamp,
+            federation_bundle: Some(next.federation_bundle),
+            settings: Some(next.settings),
+            clusters: next.clusters.into_values().collect(),
+            removed_clusters: held.clusters.into_keys().collect(),
+            services: next.services.into_values().collect(),
+            removed_services: held.services.into_keys().collect(),
+        };
         let wire = common::GlobalDelta::from(&delta);
         prop_assert_eq!(GlobalDelta::try_from(wire), Ok(delta));
     }

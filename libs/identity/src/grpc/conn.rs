@@ -1,6 +1,7 @@
 //! An accepted connection, and who is at its other end.
 
 use std::{
+    future::Future as _,
     io::{self, IoSlice},
     net::SocketAddr,
     pin::Pin,
@@ -12,11 +13,12 @@ use isthmus_model::ids::SpiffeId;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::{Sleep, sleep},
 };
 use tokio_rustls::server::TlsStream;
 use tonic::transport::server::Connected;
 
-use super::TlsIncoming;
+use super::{TlsIncoming, admission::Place};
 
 /// Who is calling. In tonic: `request.extensions().get::<PeerInfo>()`. In axum: `ConnectInfo<PeerInfo>`, with
 /// `into_make_service_with_connect_info::<PeerInfo>()`.
@@ -33,18 +35,32 @@ pub struct PeerInfo {
 pub struct TlsConn {
     stream: TlsStream<TcpStream>,
     peer: PeerInfo,
+    /// Over when this fires; only a connection without a certificate has one.
+    end: Option<Pin<Box<Sleep>>>,
+    _place: Place,
 }
 
 impl TlsConn {
-    pub(super) fn new(stream: TlsStream<TcpStream>, remote: SocketAddr) -> Self {
-        let id = crate::tls::peer_id(stream.get_ref().1.peer_certificates());
-        Self { stream, peer: PeerInfo { id, remote } }
+    pub(super) fn new(stream: TlsStream<TcpStream>, peer: PeerInfo, place: Place) -> Self {
+        Self { stream, peer, end: place.lifetime.map(|lifetime| Box::pin(sleep(lifetime))), _place: place }
     }
 
     /// Who is at the other end.
     pub fn peer(&self) -> &PeerInfo {
         &self.peer
     }
+
+    /// Writers need no waking: whoever serves a connection reads it all the time, and the first error ends it.
+    fn check_end(&self) -> io::Result<()> {
+        match &self.end {
+            Some(end) if end.is_elapsed() => Err(over()),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn over() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, "a connection without a certificate has had its time")
 }
 
 impl Connected for TlsConn {
@@ -63,12 +79,18 @@ impl connect_info::Connected<IncomingStream<'_, TlsIncoming>> for PeerInfo {
 
 impl AsyncRead for TlsConn {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if let Some(end) = &mut self.end
+            && end.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(Err(over()));
+        }
         Pin::new(&mut self.stream).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for TlsConn {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.check_end()?;
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 
@@ -85,6 +107,7 @@ impl AsyncWrite for TlsConn {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.check_end()?;
         Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
     }
 

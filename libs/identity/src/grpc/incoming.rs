@@ -1,7 +1,8 @@
 //! The accept loop: TCP, then TLS, many handshakes at once.
 //!
 //! It runs inside its consumer's poll (tonic's or axum's accept loop), so there is no task to supervise. Handshakes are
-//! bounded in number and time; beyond the bound new connections wait in the kernel's backlog.
+//! bounded in number and time; beyond the bound new connections wait in the kernel's backlog. What comes out of them is
+//! bounded too (see [`super::admission`]): a connection beyond that bound is closed at once.
 
 use std::{
     error::Error as _,
@@ -33,7 +34,10 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::TlsConn;
+use super::{
+    PeerInfo, TlsConn,
+    admission::{Admission, Limits},
+};
 
 /// How long a peer may take for its handshake, unless set otherwise.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
@@ -52,6 +56,7 @@ pub struct TlsIncoming {
     pause: Option<Pin<Box<Sleep>>>,
     deadline: Duration,
     pub(super) max_pending: usize,
+    admission: Admission,
     handshakes: Handshakes,
 }
 
@@ -65,6 +70,7 @@ impl TlsIncoming {
             pause: None,
             deadline: HANDSHAKE_DEADLINE,
             max_pending: MAX_PENDING,
+            admission: Admission::new(Limits::default()),
             handshakes: Handshakes::default(),
         }
     }
@@ -72,6 +78,13 @@ impl TlsIncoming {
     /// Another deadline than [`HANDSHAKE_DEADLINE`].
     pub fn with_handshake_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        self
+    }
+
+    /// Other bounds than the published ones.
+    #[cfg(test)]
+    pub(super) fn with_limits(mut self, limits: Limits) -> Self {
+        self.admission = Admission::new(limits);
         self
     }
 
@@ -122,7 +135,8 @@ impl TlsIncoming {
             match self.listener.poll_accept(cx) {
                 Poll::Pending => return,
                 Poll::Ready(Ok((tcp, remote))) => {
-                    let accepting = handshake(self.acceptor.clone(), tcp, remote, self.deadline);
+                    let accepting =
+                        handshake(self.acceptor.clone(), self.admission.clone(), tcp, remote, self.deadline);
                     self.pending.push(accepting.boxed());
                 }
                 Poll::Ready(Err(e)) if is_of_one_connection(&e) => {}
@@ -179,8 +193,14 @@ impl Handshakes {
 
     /// Handshakes that did not, for whatever reason.
     pub fn failed(&self) -> u64 {
-        use Outcome::{Certificate, Closed, Deadline, NoCertificate, NotTls, Tls};
-        [Certificate, Closed, Deadline, NoCertificate, NotTls, Tls].into_iter().map(|outcome| self.of(outcome)).sum()
+        use Outcome::{Certificate, Closed, Deadline, NoCertificate, NotTls, Tls, TooMany};
+        let all = [Certificate, Closed, Deadline, NoCertificate, NotTls, Tls, TooMany];
+        all.into_iter().map(|outcome| self.of(outcome)).sum()
+    }
+
+    /// Handshakes that succeeded, but whose connection was one too many.
+    pub fn crowded_out(&self) -> u64 {
+        self.of(Outcome::TooMany)
     }
 
     fn of(&self, outcome: Outcome) -> u64 {
@@ -210,6 +230,8 @@ enum Outcome {
     NotTls,
     /// Any other failure of the protocol, the peer's alerts included.
     Tls,
+    /// The handshake succeeded, but too many connections are open.
+    TooMany,
 }
 
 impl Outcome {
@@ -222,6 +244,7 @@ impl Outcome {
             Self::NoCertificate => "no_certificate",
             Self::NotTls => "not_tls",
             Self::Tls => "tls",
+            Self::TooMany => "too_many",
         }
     }
 }
@@ -254,6 +277,9 @@ impl Failure {
         let Self { outcome, remote, error } = self;
         match error {
             None => tracing::debug!(%remote, "TLS handshake took too long"),
+            Some(error) if *outcome == Outcome::TooMany => {
+                tracing::debug!(%remote, %error, "connection closed at once")
+            }
             // The verifier has logged the reason, in more words.
             Some(_) if *outcome == Outcome::Certificate => {}
             Some(e) => {
@@ -266,6 +292,7 @@ impl Failure {
 
 async fn handshake(
     acceptor: TlsAcceptor,
+    admission: Admission,
     tcp: TcpStream,
     remote: SocketAddr,
     deadline: Duration,
@@ -273,7 +300,13 @@ async fn handshake(
     // Without it, small gRPC frames would wait for acknowledgements. A failure costs only latency.
     drop(tcp.set_nodelay(true));
     match timeout(deadline, acceptor.accept(tcp)).await {
-        Ok(Ok(stream)) => Ok(TlsConn::new(stream, remote)),
+        Ok(Ok(stream)) => {
+            let peer = PeerInfo { id: crate::tls::peer_id(stream.get_ref().1.peer_certificates()), remote };
+            match admission.admit(&peer) {
+                Ok(place) => Ok(TlsConn::new(stream, peer, place)),
+                Err(why) => Err(Failure { outcome: Outcome::TooMany, remote, error: Some(io::Error::other(why)) }),
+            }
+        }
         Ok(Err(error)) => Err(Failure::of(remote, error)),
         Err(_) => Err(Failure { outcome: Outcome::Deadline, remote, error: None }),
     }

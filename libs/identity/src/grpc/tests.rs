@@ -14,7 +14,7 @@ use tokio::{
 };
 use tonic::{Code, Request, Response, Status};
 
-use super::*;
+use super::{admission::Limits, *};
 use crate::{
     testkit::*,
     tls::{ClientAuth, client_config, server_config},
@@ -181,6 +181,57 @@ async fn silent_clients_up_to_the_bound_delay_others_by_the_deadline_at_most() {
         assert_eq!(f.ask(true).await, CLIENT);
         assert!(f.handshakes.failed() >= 4, "{}", f.handshakes.failed());
         drop(silent);
+    })
+    .await;
+}
+
+/// A TLS connection without a certificate that then says nothing.
+async fn stranger(f: &Fixture) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let tcp = TcpStream::connect(f.address).await.unwrap();
+    let connector = tokio_rustls::TlsConnector::from(f.tls(false));
+    connector.connect("localhost".try_into().unwrap(), tcp).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_crowd_without_certificates_leaves_room_for_those_who_have_one() {
+    Fixture::run(serve_grpc, async |f: Fixture| {
+        let mut crowd = Vec::new();
+        for _ in 0..MAX_STRANGERS_PER_SOURCE {
+            crowd.push(stranger(&f).await);
+        }
+        // One more is closed: after the handshake, so the client sees the end of the stream.
+        let mut extra = stranger(&f).await;
+        let mut rest = Vec::new();
+        drop(extra.read_to_end(&mut rest).await);
+        assert_eq!(f.handshakes.crowded_out(), 1);
+        assert_eq!(f.ask(true).await, CLIENT);
+        // Those who leave make room.
+        drop(crowd);
+        wait_for("room", DEADLINE, async || {
+            let channel = connect_lazy(&f.address.to_string(), f.tls(false));
+            LocalAdminClient::new(channel).mint_token(MintTokenRequest::default()).await.is_ok()
+        })
+        .await
+        .unwrap();
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_connection_without_a_certificate_has_a_lifetime_and_one_with_has_not() {
+    let brief = async |incoming: TlsIncoming, shutdown| {
+        let stranger_lifetime = Duration::from_millis(100);
+        serve_grpc(incoming.with_limits(Limits { stranger_lifetime, ..Limits::default() }), shutdown).await;
+    };
+    Fixture::run(brief, async |f: Fixture| {
+        let known = connect_lazy(&f.address.to_string(), f.tls(true));
+        let mut known = LocalAdminClient::new(known);
+        known.mint_token(MintTokenRequest::default()).await.unwrap();
+        let mut silent = stranger(&f).await;
+        let mut rest = Vec::new();
+        drop(silent.read_to_end(&mut rest).await);
+        known.mint_token(MintTokenRequest::default()).await.unwrap();
+        assert_eq!(f.handshakes.succeeded(), 2, "the one with a certificate is still the first");
     })
     .await;
 }

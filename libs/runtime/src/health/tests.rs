@@ -125,3 +125,25 @@ async fn a_taken_port_names_the_field() {
     let message = bind(holder.local_addr()).await.unwrap_err().to_string();
     assert!(message.starts_with("listen.health: TCP address"), "{message}");
 }
+
+#[tokio::test]
+async fn silent_connections_take_a_bounded_number_of_places() {
+    with_server(Registry::default(), Readiness::new(), Router::new(), async |addr| {
+        let mut silent = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            silent.push(TcpStream::connect(addr).await.unwrap());
+        }
+        let mut extra = TcpStream::connect(addr).await.unwrap();
+        assert_eq!(extra.read(&mut [0]).await.unwrap_or(0), 0, "closed at once");
+        drop(silent);
+        let served = async || {
+            let mut stream = TcpStream::connect(addr).await.unwrap();
+            stream.write_all(b"GET /livez HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n").await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.is_ok() && answer.starts_with("HTTP/1.1 200")
+        };
+        crate::wait::wait_for("room", GRACE, served).await.unwrap();
+    })
+    .await
+    .unwrap();
+}

@@ -107,6 +107,20 @@ fn bad_levels_and_endpoints_are_found_by_validation_with_their_fields() {
 }
 
 #[test]
+fn a_word_that_is_no_level_is_not_taken_for_a_module() {
+    for level in ["loud", "info,loud", "isthmus_gateway"] {
+        let mut problems = Problems::default();
+        config(level, LogFormat::Json).validate(&mut problems);
+        assert!(problems.iter().any(|(field, text)| field == "log.level" && text.contains(level)), "{level}");
+    }
+    for level in ["off", "WARN", "info,isthmus_gateway=debug", "info,openraft=warn", "[connection]=trace"] {
+        let mut problems = Problems::default();
+        config(level, LogFormat::Json).validate(&mut problems);
+        assert!(problems.is_empty(), "{level}: {:?}", problems.iter().collect::<Vec<_>>());
+    }
+}
+
+#[test]
 fn a_bad_endpoint_stops_the_start_with_the_same_words() {
     let mut cfg = config("info", LogFormat::Json);
     cfg.otlp_endpoint = Some("127.0.0.1:4317".to_owned());

@@ -1,0 +1,75 @@
+//! Shares of the places for pending ClientHellos: one source address cannot take them all.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+/// Counts by source address; holds no more addresses than there are pending connections.
+#[derive(Debug)]
+pub(crate) struct Sources {
+    max: usize,
+    pending: Mutex<HashMap<IpAddr, usize>>,
+}
+
+impl Sources {
+    /// Each source may have `max` connections pending.
+    pub(crate) fn new(max: usize) -> Self {
+        Self { max, pending: Mutex::default() }
+    }
+
+    /// One more of `source`, unless it has its share.
+    pub(super) fn try_acquire(self: &Arc<Self>, source: IpAddr) -> Option<Share> {
+        let source = source.to_canonical();
+        let mut pending = self.lock();
+        let count = pending.entry(source).or_default();
+        if *count >= self.max {
+            return None;
+        }
+        *count += 1;
+        Some(Share { sources: self.clone(), source })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        // Every section leaves the map whole, so a panic in another one does not spoil it.
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One pending connection of a source, while it lives.
+#[derive(Debug)]
+pub(super) struct Share {
+    sources: Arc<Sources>,
+    source: IpAddr,
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut pending = self.sources.lock();
+        if let Some(count) = pending.get_mut(&self.source) {
+            *count = count.saturating_sub(1);
+            if *count == 0 {
+                pending.remove(&self.source);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_source_has_its_own_share_and_gets_it_back() {
+        let sources = Arc::new(Sources::new(1));
+        let (a, b) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        let share = sources.try_acquire(a).unwrap();
+        let mapped = IpAddr::from([0, 0, 0, 0, 0, 0xffff, 0x0a00, 1]);
+        assert!(sources.try_acquire(a).is_none() && sources.try_acquire(mapped).is_none());
+        drop(sources.try_acquire(b).unwrap());
+        drop(share);
+        assert!(sources.lock().is_empty());
+        assert!(sources.try_acquire(a).is_some());
+    }
+}
