@@ -8,7 +8,7 @@ use super::config::{Config, EnvoyLogLevel, Inbound, Listen};
 pub(crate) fn binary() -> PathBuf {
     let path = match std::env::var_os("ISTHMUS_ENVOY") {
         Some(path) => PathBuf::from(path),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/envoy-1.40.0/envoy"),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/envoy/envoy"),
     };
     assert!(path.is_file(), "no Envoy at {}: run `make envoy`, or set ISTHMUS_ENVOY to a binary", path.display());
     path
