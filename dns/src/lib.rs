@@ -22,13 +22,14 @@ use std::{
     time::Duration,
 };
 
+use isthmus_identity::enrol::EnrolError;
 use isthmus_runtime::{
     health::{self, Gate, HealthError, HealthListener, Readiness, Registry},
     net::BindError,
     tasks::{TaskError, Tasks},
 };
 
-pub use crate::{config::Config, feed::CredentialError};
+pub use crate::config::Config;
 use crate::{
     feed::{Feed, FeedConfig},
     metrics::Metrics,
@@ -55,7 +56,7 @@ pub enum BuildError {
     Forwarder(#[source] hickory_resolver::net::NetError),
     /// No certificate, and no way to one.
     #[error(transparent)]
-    Credentials(#[from] CredentialError),
+    Enrol(#[from] EnrolError),
 }
 
 /// A server with all its addresses bound, answering nothing yet.

@@ -12,7 +12,7 @@ use std::{
 };
 
 use isthmus_api::proto::local::v1::GatewayHello;
-use isthmus_identity::tls::IdentitySource;
+use isthmus_identity::enrol::{Member, Newcomer, Subject};
 use isthmus_runtime::{
     BoxError,
     health::{self, Gate, HealthError, HealthListener, Readiness, Registry},
@@ -25,7 +25,7 @@ use crate::{
     config::Config,
     core::{Core, Parts},
     debug::{self, Inspector},
-    feed::{self, Agent, Enrolled, Feed, Given},
+    feed::{Agent, Feed, Given},
     ingress,
     metrics::Metrics,
     tunnel::{
@@ -177,11 +177,16 @@ impl Starting {
         let (given, agent) = match feed {
             Feed::Given(given) => (given, None),
             Feed::Agent => {
-                let enrolled = tokio::select! {
-                    enrolled = feed::enrolled(&self.config) => enrolled?,
+                let newcomer = Newcomer {
+                    subject: Subject::Gateway(self.config.name.clone()),
+                    state_dir: self.config.state_dir.clone(),
+                    token_file: self.config.agent_token_file.clone(),
+                };
+                let member = tokio::select! {
+                    member = newcomer.obtain() => member?,
                     () = shutdown.requested() => return Ok(()),
                 };
-                let (given, agent) = self.follow(enrolled);
+                let (given, agent) = self.follow(member);
                 (given, Some(agent))
             }
         };
@@ -234,12 +239,12 @@ impl Starting {
         Ok(())
     }
 
-    fn follow(&self, enrolled: Enrolled) -> (Given, Agent) {
-        let Enrolled { membership, svid, trust } = enrolled;
-        let (cluster, federation) = (membership.cluster.clone(), membership.federation.clone());
-        let agent = Agent::new(membership, self.config.state_dir.clone(), &self.metrics);
-        let given = Given { cluster, federation, identity: IdentitySource::new(svid), trust, view: agent.view() };
-        (given, agent)
+    fn follow(&self, member: Member) -> (Given, Agent) {
+        let record = member.record();
+        let (federation, identity, trust) =
+            (record.federation().clone(), member.source().clone(), member.trust().clone());
+        let agent = Agent::new(member, self.config.state_dir.clone(), &self.metrics);
+        (Given { cluster: record.cluster, federation, identity, trust, view: agent.view() }, agent)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The launcher's stream to its agent: who this sidecar is and whether its app answers go up, the trust set comes down.
 
-use std::{path::PathBuf, time::Duration};
+use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, stream};
 use isthmus_api::proto::{
@@ -10,6 +10,7 @@ use isthmus_api::proto::{
         sidecar_message, sidecar_update,
     },
 };
+use isthmus_identity::enrol::{EnrolError, Member};
 use isthmus_runtime::{
     backoff::Backoff,
     tasks::{Shutdown, chain},
@@ -20,14 +21,7 @@ use tokio::{
 };
 use tonic::Status;
 
-use super::{
-    config::Config,
-    identity::{Identity, IdentityError},
-    metrics::Metrics,
-    probe::Ready,
-    relay::MAX_MESSAGE,
-    secrets::Secrets,
-};
+use super::{config::Config, metrics::Metrics, probe::Ready, relay::MAX_MESSAGE, secrets::Secrets};
 
 const CALL: Duration = Duration::from_secs(10);
 /// How long the agent may take to end the stream after our end.
@@ -37,8 +31,7 @@ const RETRY_CAP: Duration = Duration::from_secs(3);
 
 /// Everything the stream needs.
 pub(super) struct Feed {
-    pub(super) identity: Identity,
-    pub(super) state_dir: PathBuf,
+    pub(super) member: Member,
     pub(super) hello: SidecarHello,
     pub(super) ready: watch::Receiver<Ready>,
     pub(super) registered: watch::Sender<bool>,
@@ -49,7 +42,7 @@ pub(super) struct Feed {
 #[derive(Debug, thiserror::Error)]
 enum FeedError {
     #[error("prepare the connection to the agent")]
-    Identity(#[from] IdentityError),
+    Connection(#[from] EnrolError),
     #[error("the agent did not answer in time")]
     Deadline,
     #[error("the agent ended the stream")]
@@ -90,7 +83,7 @@ impl Feed {
             if shutdown.is_requested() {
                 return;
             }
-            tracing::warn!(agent = self.identity.membership.address, error = %chain(&error), "no stream to the agent");
+            tracing::warn!(agent = self.member.record().address, error = %chain(&error), "no stream to the agent");
             tokio::select! {
                 () = shutdown.requested() => return,
                 () = sleep(backoff.next()) => {}
@@ -106,7 +99,7 @@ impl Feed {
     }
 
     async fn try_stream(&mut self, backoff: &mut Backoff, shutdown: &Shutdown) -> Result<(), FeedError> {
-        let mut client = LocalClient::new(self.identity.channel()?).max_decoding_message_size(MAX_MESSAGE);
+        let mut client = LocalClient::new(self.member.channel()?).max_decoding_message_size(MAX_MESSAGE);
         let stop = shutdown.clone();
         // The end of our side, in order, tells the agent that this workload goes on purpose.
         let messages =
@@ -117,7 +110,7 @@ impl Feed {
         while let Some(update) = updates.message().await? {
             match update.kind {
                 Some(sidecar_update::Kind::Registered(_)) => {
-                    tracing::info!(agent = self.identity.membership.address, "registered with the agent");
+                    tracing::info!(agent = self.member.record().address, "registered with the agent");
                     self.metrics.agent_connected.set(1);
                     self.registered.send_replace(true);
                     backoff.reset();
@@ -126,7 +119,6 @@ impl Feed {
                     Ok(trust) => {
                         let revision = i64::try_from(trust.stamp.revision.0).unwrap_or(i64::MAX);
                         self.metrics.trust_revision.set(revision);
-                        self.identity.trust_federation(&self.state_dir, trust.federation.clone());
                     }
                     Err(error) => tracing::warn!(%error, "trust set refused"),
                 },

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU64};
 
+use isthmus_identity::svid::Svid;
 use prometheus_client::{
     metrics::{counter::Counter, gauge::Gauge},
     registry::Registry,
@@ -34,5 +35,10 @@ impl Metrics {
         r.register("isthmus_sidecar_svid_renewals", "Renewed certificates", self.renewals.clone());
         r.register("isthmus_sidecar_svid_renewal_failures", "Failed renewals", self.renewal_failures.clone());
         r.register("isthmus_sidecar_trust_revision", "Revision of the trust set", self.trust_revision.clone());
+    }
+
+    /// The certificate in use.
+    pub(super) fn svid_expires(&self, svid: &Svid) {
+        self.svid_expiry.set(i64::try_from(svid.not_after().0 / 1000).unwrap_or(i64::MAX));
     }
 }

@@ -10,7 +10,6 @@ mod bootstrap;
 pub mod config;
 mod envoy;
 mod feed;
-mod identity;
 mod metrics;
 mod ports;
 mod probe;
@@ -42,6 +41,10 @@ use envoy_types::pb::envoy::service::{
     discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
     secret::v3::secret_discovery_service_server::SecretDiscoveryServiceServer,
 };
+use isthmus_identity::{
+    enrol::{EnrolError, Member, Newcomer, Subject},
+    svid::Svid,
+};
 use isthmus_runtime::{
     BoxError, files,
     health::{self, Gate, HealthError, Readiness, Registry},
@@ -56,13 +59,11 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 
 pub use config::Config;
-pub use identity::IdentityError;
 
 use self::{
     admin::Admin,
     envoy::Supervisor,
     feed::Feed,
-    identity::Identity,
     metrics::Metrics,
     probe::Ready,
     process::Launch,
@@ -182,17 +183,21 @@ async fn lifecycle(
     xds: UnixListener,
 ) -> Result<(), BoxError> {
     let shutdown = tasks.shutdown();
-    let identity = match Identity::obtain(&config, &shutdown).await {
-        Err(IdentityError::Stopped) => return Ok(()),
-        other => other?,
+    let newcomer = Newcomer {
+        subject: Subject::Workload,
+        state_dir: config.state_dir.clone(),
+        token_file: Some(config.agent_token_file.clone()),
+    };
+    let member = tokio::select! {
+        member = newcomer.obtain() => member?,
+        () = shutdown.requested() => return Ok(()),
     };
     gates.identity.ready();
 
     let disk = files::LastKnownGood::new(config.state_dir.join("trust.lkg"), TRUST_FORMAT);
-    let svid = identity.source.current();
-    let secrets = Secrets::new((*svid).clone(), identity.membership.federation.clone(), disk);
-    let renewal = identity.clone().keep_fresh(config.clone(), secrets.clone(), metrics.clone(), shutdown.clone());
-    tasks.spawn("renewal", renewal);
+    let record = member.record();
+    let secrets = Secrets::new((*member.source().current()).clone(), record.federation().clone(), disk);
+    tasks.spawn("renewal", renew(member.clone(), secrets.clone(), metrics.clone(), shutdown.clone()));
 
     let ready = watch::Sender::new(Ready::new());
     let apps = config.inbound.iter().map(|i| (i.port, i.app)).collect();
@@ -202,19 +207,18 @@ async fn lifecycle(
     let stopped = Shutdown::new();
     let registered = watch::Sender::new(false);
     let relay = Relay {
-        agent: identity.channel()?,
+        agent: member.channel()?,
         registered: registered.subscribe(),
         metrics: metrics.clone(),
         shutdown: stopped.clone(),
     };
     let feed = Feed {
         hello: feed::hello(&config),
-        state_dir: config.state_dir.clone(),
         ready: ready.subscribe(),
         registered,
         secrets: secrets.clone(),
         metrics: metrics.clone(),
-        identity: identity.clone(),
+        member,
     };
     tasks.spawn("agent-feed", feed.run(stopped.clone()));
     tasks.spawn("app-ports", count_ready(ready.subscribe(), metrics.clone(), stopped.clone()));
@@ -232,7 +236,7 @@ async fn lifecycle(
         warn_if_taken(SocketAddr::new(config.address, inbound.port));
     }
     let bootstrap = config.state_dir.join("envoy.json");
-    let document = bootstrap::document(&config, &identity.membership.cluster);
+    let document = bootstrap::document(&config, &record.cluster);
     files::write_atomic(&bootstrap, serde_json::to_string_pretty(&document)?.as_bytes())?;
     let setpriv = process::find_setpriv();
     if setpriv.is_none() {
@@ -257,6 +261,25 @@ async fn lifecycle(
     let outcome = supervisor.run(shutdown).await;
     stopped.request();
     outcome
+}
+
+/// Each new certificate goes to Envoy over SDS, without a restart.
+async fn renew(member: Member, secrets: Secrets, metrics: Metrics, shutdown: Shutdown) {
+    metrics.svid_expires(&member.source().current());
+    let renewed = |outcome: Result<&Svid, &EnrolError>| match outcome {
+        Ok(svid) => {
+            metrics.renewals.inc();
+            metrics.svid_expires(svid);
+            secrets.set_svid(svid.clone());
+        }
+        Err(_) => {
+            metrics.renewal_failures.inc();
+        }
+    };
+    tokio::select! {
+        () = member.keep_fresh(renewed) => {}
+        () = shutdown.requested() => {}
+    }
 }
 
 async fn serve(socket: UnixListener, relay: Relay, sds: Sds, stopped: Shutdown) -> Result<(), BoxError> {

@@ -3,7 +3,7 @@
 //! The trust set is kept on disk as the last known good, so that a launcher that starts without its agent still verifies
 //! peers. An older set than the one held is refused, unless it is of a newer epoch.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use isthmus_api::proto::local::v1::TrustSet;
@@ -14,7 +14,6 @@ use prost::Message;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::watch;
 
-use super::identity::Roots;
 use crate::xds::{
     Resources,
     names::{ResourceType, TRUST_SECRET, WORKLOAD_SECRET},
@@ -24,6 +23,9 @@ use crate::xds::{
 /// Trust domains in one set; a federation has one per cluster.
 const MAX_DOMAINS: usize = 10_000;
 const MAX_ROOTS: usize = 100;
+
+/// Roots by trust domain.
+pub(super) type Roots = BTreeMap<TrustDomain, Vec<CertificateDer<'static>>>;
 
 /// Why a trust set was not taken.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,8 +44,6 @@ pub(super) struct Trust {
     pub(super) stamp: Stamp,
     /// Of the clusters.
     pub(super) workloads: Roots,
-    /// Of the federation, if the set has them: they verify the agent, never a workload.
-    pub(super) federation: Vec<CertificateDer<'static>>,
 }
 
 impl Trust {
@@ -64,11 +64,12 @@ impl Trust {
                 return Err(TrustError::Malformed("a trust domain is named twice"));
             }
         }
-        let federation = workloads.remove(federation).unwrap_or_default();
+        // They verify the agent, never a workload.
+        workloads.remove(federation);
         if workloads.values().all(Vec::is_empty) {
             return Err(TrustError::Empty);
         }
-        Ok(Self { stamp, workloads, federation })
+        Ok(Self { stamp, workloads })
     }
 }
 
@@ -229,7 +230,6 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let trust = secrets(dir.path()).set_trust(set(1, &["us-east.example", "isthmus.example"])).unwrap();
         assert_eq!(trust.workloads.len(), 1);
-        assert_eq!(trust.federation.len(), 1);
     }
 
     #[test]

@@ -212,7 +212,7 @@ impl Federation {
     }
 
     /// Trust in the federation and in these clusters.
-    pub(super) fn roots(&self, clusters: &[&str]) -> super::identity::Roots {
+    pub(super) fn roots(&self, clusters: &[&str]) -> super::secrets::Roots {
         let own = clusters.iter().map(|c| &*self.clusters[*c]);
         own.chain([&self.ca]).map(|ca| (ca.trust_domain().clone(), vec![ca.root_der().clone()])).collect()
     }

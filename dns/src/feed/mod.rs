@@ -2,23 +2,22 @@
 //!
 //! In: `Local.DnsFeed`. Out: the zone, swapped whole; last-known-good on disk; an acknowledgement of each revision.
 //! Holds: losing the agent, or the certificate, changes no answer; a restart serves the saved state before any agent
-//! answers. It never empties the zone by itself.
+//! answers, even with a certificate that has ended. It never empties the zone by itself.
 
-mod credentials;
 mod state;
 #[cfg(test)]
 mod tests;
 
-use std::{error::Error, net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
+use std::{net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 
 use isthmus_api::proto::local::v1::{
     DnsConfig, DnsHello, DnsMessage, DnsUpdate, dns_message, dns_update, local_client::LocalClient,
 };
 use isthmus_identity::{
-    bundle::{BundleDocument, TrustStore},
-    grpc, renew,
+    enrol::{EnrolError, Member, Newcomer, Subject},
+    grpc::words,
 };
-use isthmus_model::{global::GlobalSnapshot, ids::Stamp, time::Timestamp};
+use isthmus_model::{global::GlobalSnapshot, ids::Stamp};
 use isthmus_runtime::{
     BoxError,
     backoff::Backoff,
@@ -30,11 +29,7 @@ use prost::Message as _;
 use tokio::{sync::mpsc, time};
 use tokio_stream::wrappers::ReceiverStream;
 
-pub use self::credentials::CredentialError;
-use self::{
-    credentials::{Credentials, Desk, client_config},
-    state::{Refused, State},
-};
+use self::state::{Refused, State};
 use crate::{
     metrics::{Metrics, Refusal},
     server::CurrentZone,
@@ -50,9 +45,6 @@ const OPEN: Duration = Duration::from_secs(10);
 /// Messages to the agent under way. Only acknowledgements: if it does not read them, the stream is given up.
 const OUTBOX: usize = 16;
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// Certificates so short that they are always due are still not renewed in a busy loop.
-const RENEW_PAUSE: Duration = Duration::from_secs(1);
-const RENEW_RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
 
 /// What the feed needs from the rest of the server.
 pub(crate) struct FeedConfig {
@@ -68,14 +60,12 @@ pub(crate) struct FeedConfig {
 
 /// Keeps the zone current; see the module.
 pub(crate) struct Feed {
-    desk: Desk,
+    name: String,
+    newcomer: Newcomer,
+    /// None at the first start.
+    held: Option<(Member, State)>,
     server: Option<Ipv4Addr>,
-    zone: CurrentZone,
-    metrics: Metrics,
-    known: Gate,
-    saved: LastKnownGood,
-    trust: TrustStore,
-    held: Option<(Credentials, State)>,
+    keep: Keeper,
 }
 
 /// Why a stream ended.
@@ -90,126 +80,116 @@ enum SessionError {
     #[error("the agent does not read acknowledgements")]
     Stuck,
     #[error(transparent)]
-    Credentials(#[from] CredentialError),
+    Connection(#[from] EnrolError),
 }
 
 impl Feed {
     /// Reads what an earlier run left and serves it at once. Fails only where a person must act first: without a
     /// certificate and without a usable token.
-    pub(crate) fn start(config: FeedConfig) -> Result<Self, CredentialError> {
+    pub(crate) fn start(config: FeedConfig) -> Result<Self, EnrolError> {
         let saved = LastKnownGood::new(config.state_dir.join("dns.lkg"), LKG_FORMAT);
-        let desk = Desk { name: config.name, state_dir: config.state_dir, token_file: config.token_file };
-        let found = desk.load()?;
-        if found.is_none() {
-            desk.token()?;
-        }
-        let mut feed = Self {
-            desk,
-            server: config.server,
-            zone: config.zone,
-            metrics: config.metrics,
-            known: config.known,
-            saved,
-            trust: TrustStore::new(),
-            held: None,
+        let keep = Keeper { zone: config.zone, metrics: config.metrics, known: config.known, saved };
+        let newcomer = Newcomer {
+            subject: Subject::Dns(config.name.clone()),
+            state_dir: config.state_dir,
+            token_file: config.token_file,
         };
-        if let Some(credentials) = found {
-            feed.adopt(credentials);
-            feed.restore();
-        }
-        Ok(feed)
+        let held = match newcomer.load()? {
+            Some(member) => {
+                let mut state = state_of(&member, config.server);
+                restore(&member, &mut state, &keep);
+                Some((member, state))
+            }
+            None => {
+                newcomer.token()?;
+                None
+            }
+        };
+        Ok(Self { name: config.name, newcomer, held, server: config.server, keep })
     }
 
-    /// Follows the agent until `shutdown`.
-    pub(crate) async fn run(mut self, shutdown: Shutdown) -> Result<(), BoxError> {
+    /// Follows the agent until `shutdown`. Fails if the agent refuses the token of a first start.
+    pub(crate) async fn run(self, shutdown: Shutdown) -> Result<(), BoxError> {
         tokio::select! {
-            () = self.follow() => Ok(()),
+            ended = self.follow() => Ok(ended?),
             () = shutdown.requested() => Ok(()),
         }
     }
 
-    async fn follow(&mut self) {
-        let mut backoff = Backoff::new(RETRY.0, RETRY.1);
-        loop {
-            let now = Timestamp(isthmus_runtime::now());
-            if self.held.as_ref().is_none_or(|(credentials, _)| credentials.expired(now)) {
-                match self.desk.enrol().await {
-                    Ok(credentials) => {
-                        tracing::info!(agent = credentials.agent.address, "enrolled");
-                        self.adopt(credentials);
-                    }
-                    Err(error) => {
-                        tracing::error!(error = chain(&error), "no certificate from the agent; trying again");
-                        time::sleep(backoff.next()).await;
-                        continue;
-                    }
-                }
+    async fn follow(self) -> Result<(), EnrolError> {
+        let (member, mut state) = match self.held {
+            Some(held) => held,
+            None => {
+                let member = self.newcomer.enrol().await?;
+                let state = state_of(&member, self.server);
+                (member, state)
             }
-            if let Err(error) = self.session(&mut backoff).await {
-                tracing::warn!(error = chain(&error), "the agent's feed is down; serving what is known");
+        };
+        let metrics = &self.keep.metrics;
+        metrics.svid_expires(member.source().current().not_after());
+        let renewals = member.clone().keep_fresh(|outcome| {
+            if let Ok(svid) = outcome {
+                metrics.svid_expires(svid.not_after());
             }
-            self.metrics.connected(false);
-            time::sleep(backoff.next()).await;
-        }
-    }
-
-    /// One stream and, beside it, the renewal of the certificate. Ends with the stream.
-    async fn session(&mut self, backoff: &mut Backoff) -> Result<(), SessionError> {
-        let Some((credentials, state)) = &mut self.held else { return Ok(()) };
-        let keep = Keeper { zone: &self.zone, metrics: &self.metrics, known: &self.known, saved: &self.saved };
-        let stream = stream(&self.desk.name, credentials, state, &self.trust, &keep, backoff);
+        });
         tokio::select! {
-            ended = stream => ended,
-            () = renewals(&self.desk, credentials, &self.trust, &self.metrics) => Ok(()),
+            () = renewals => {}
+            () = sessions(&self.name, &member, &mut state, &self.keep) => {}
+        }
+        Ok(())
+    }
+}
+
+/// Nothing accepted yet.
+fn state_of(member: &Member, server: Option<Ipv4Addr>) -> State {
+    let record = member.record();
+    State::new(record.cluster.clone(), record.federation().clone(), record.bundle, server)
+}
+
+/// Serves last-known-good, if there is any that can be read.
+fn restore(member: &Member, state: &mut State, keep: &Keeper) {
+    let bytes = match keep.saved.load() {
+        Ok(Some(bytes)) => bytes,
+        Ok(None) => return,
+        Err(error) => {
+            tracing::error!(error = chain(&error), "last-known-good is lost; waiting for the agent");
+            return;
+        }
+    };
+    match DnsConfig::decode(bytes.as_slice()).map_err(BoxError::from).and_then(|c| Ok(state.configure(c)?)) {
+        Ok(zone) => {
+            trust(member, state);
+            tracing::info!(revision = %zone.stamp(), "serving last-known-good");
+            keep.serve(zone);
+        }
+        Err(error) => {
+            tracing::error!(error = chain(&*error), "last-known-good is not usable; waiting for the agent");
         }
     }
+}
 
-    /// Takes a certificate into use. What was known stays known.
-    fn adopt(&mut self, credentials: Credentials) {
-        let agent = &credentials.agent;
-        let state = match self.held.take() {
-            Some((_, state)) => state,
-            None => State::new(agent.cluster.clone(), agent.federation.clone(), agent.bundle.clone(), self.server),
-        };
-        trust(&self.trust, &state);
-        self.metrics.svid_expires(credentials.source.current().not_after());
-        self.held = Some((credentials, state));
-    }
-
-    /// Serves last-known-good, if there is any that can be read.
-    fn restore(&mut self) {
-        let bytes = match self.saved.load() {
-            Ok(Some(bytes)) => bytes,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::error!(error = chain(&error), "last-known-good is lost; waiting for the agent");
-                return;
-            }
-        };
-        let Some((_, state)) = &mut self.held else { return };
-        let keep = Keeper { zone: &self.zone, metrics: &self.metrics, known: &self.known, saved: &self.saved };
-        match DnsConfig::decode(bytes.as_slice()).map_err(BoxError::from).and_then(|c| Ok(state.configure(c)?)) {
-            Ok(zone) => {
-                trust(&self.trust, state);
-                tracing::info!(revision = %zone.stamp(), "serving last-known-good");
-                keep.serve(zone);
-            }
-            Err(error) => {
-                tracing::error!(error = chain(&*error), "last-known-good is not usable; waiting for the agent");
-            }
+/// One stream after the other, for ever.
+async fn sessions(name: &str, member: &Member, state: &mut State, keep: &Keeper) {
+    let mut backoff = Backoff::new(RETRY.0, RETRY.1);
+    loop {
+        if let Err(error) = stream(name, member, state, keep, &mut backoff).await {
+            tracing::warn!(error = chain(&error), "the agent's feed is down; serving what is known");
         }
+        keep.metrics.connected(false);
+        time::sleep(backoff.next()).await;
     }
 }
 
 /// Where accepted state goes.
-struct Keeper<'a> {
-    zone: &'a CurrentZone,
-    metrics: &'a Metrics,
-    known: &'a Gate,
-    saved: &'a LastKnownGood,
+struct Keeper {
+    zone: CurrentZone,
+    metrics: Metrics,
+    /// Opened once there is a zone.
+    known: Gate,
+    saved: LastKnownGood,
 }
 
-impl Keeper<'_> {
+impl Keeper {
     fn serve(&self, zone: Arc<Zone>) {
         self.metrics.zone(zone.stamp(), zone.len());
         self.zone.store(Some(zone));
@@ -231,29 +211,27 @@ impl Keeper<'_> {
 
 async fn stream(
     name: &str,
-    credentials: &Credentials,
+    member: &Member,
     state: &mut State,
-    roots: &TrustStore,
-    keep: &Keeper<'_>,
+    keep: &Keeper,
     backoff: &mut Backoff,
 ) -> Result<(), SessionError> {
-    let channel = grpc::connect_lazy(&credentials.agent.address, client_config(credentials, roots)?);
-    let mut client = LocalClient::new(channel).max_decoding_message_size(MAX_UPDATE);
+    let mut client = LocalClient::new(member.channel()?).max_decoding_message_size(MAX_UPDATE);
     let (outbox, messages) = mpsc::channel(OUTBOX);
     let hello = dns_message::Kind::Hello(DnsHello { name: name.to_owned() });
     send(&outbox, hello)?;
     let opened = time::timeout(OPEN, client.dns_feed(ReceiverStream::new(messages))).await;
     let mut updates = match opened {
         Ok(Ok(response)) => response.into_inner(),
-        Ok(Err(status)) => return Err(SessionError::Agent(describe(&status))),
+        Ok(Err(status)) => return Err(SessionError::Agent(words(&status))),
         Err(_) => return Err(SessionError::Silent),
     };
     keep.metrics.connected(true);
-    tracing::info!(agent = credentials.agent.address, "following the agent");
+    tracing::info!(agent = member.record().address, "following the agent");
     // No deadline: silence is normal here, a dead peer is found by HTTP/2 keepalive.
     loop {
         match updates.message().await {
-            Ok(Some(DnsUpdate { kind: Some(kind) })) => match accept(kind, state, roots, keep).await {
+            Ok(Some(DnsUpdate { kind: Some(kind) })) => match accept(kind, state, member, keep).await {
                 Ok(Some(applied)) => {
                     backoff.reset();
                     send(&outbox, dns_message::Kind::Applied(applied.into()))?;
@@ -267,7 +245,7 @@ async fn stream(
             // A kind that only newer agents know.
             Ok(Some(DnsUpdate { kind: None })) => {}
             Ok(None) => return Err(SessionError::Closed),
-            Err(status) => return Err(SessionError::Agent(describe(&status))),
+            Err(status) => return Err(SessionError::Agent(words(&status))),
         }
     }
 }
@@ -276,8 +254,8 @@ async fn stream(
 async fn accept(
     kind: dns_update::Kind,
     state: &mut State,
-    roots: &TrustStore,
-    keep: &Keeper<'_>,
+    member: &Member,
+    keep: &Keeper,
 ) -> Result<Option<Stamp>, Refused> {
     match kind {
         dns_update::Kind::Config(update) => {
@@ -289,13 +267,14 @@ async fn accept(
                 tracing::error!(?clusters, "the agent's state takes revocations back; they stand");
                 bytes = corrected(&bytes, global);
             }
-            trust(roots, state);
             for service in zone.unaddressed() {
                 tracing::warn!(%service, "no address: policy closes it to this cluster, or vipRange is too small");
             }
             tracing::debug!(revision = %stamp, services = zone.len(), "zone applied");
             keep.serve(zone);
             keep.save(bytes).await;
+            // After the state, which must never be older than the bundle that vouches for it.
+            trust(member, state);
             Ok(Some(stamp))
         }
         dns_update::Kind::Availability(report) => {
@@ -314,28 +293,10 @@ fn corrected(bytes: &[u8], global: &GlobalSnapshot) -> Vec<u8> {
     DnsConfig { global: Some(global.into()), ..update }.encode_to_vec()
 }
 
-/// Renews the certificate at half its life, for ever.
-async fn renewals(desk: &Desk, credentials: &Credentials, trust: &TrustStore, metrics: &Metrics) {
-    let mut backoff = Backoff::new(RENEW_RETRY.0, RENEW_RETRY.1);
-    loop {
-        let due = renew::renew_at(&credentials.source.current());
-        time::sleep(due.since(Timestamp(isthmus_runtime::now())).max(RENEW_PAUSE)).await;
-        while let Err(error) = desk.renew(credentials, trust).await {
-            tracing::warn!(error = chain(&error), "certificate not renewed; trying again");
-            time::sleep(backoff.next()).await;
-        }
-        backoff.reset();
-        metrics.svid_expires(credentials.source.current().not_after());
-        tracing::info!("certificate renewed");
-    }
-}
-
-/// Verifies the agent with the federation's roots as of `state`.
-fn trust(store: &TrustStore, state: &State) {
-    let bundle = state.bundle();
-    match BundleDocument::parse(&bundle.document) {
-        Ok(document) => store.set([(bundle.trust_domain.clone(), document.x509_roots)].into()),
-        Err(error) => tracing::error!(error = chain(&error), "the federation's trust bundle is not usable"),
+/// Verifies the agent with the federation's roots as of `state`, also after a restart.
+fn trust(member: &Member, state: &State) {
+    if let Err(error) = member.succeed(state.bundle()) {
+        tracing::error!(error = chain(&error), "the federation's new trust bundle cannot be taken over");
     }
 }
 
@@ -344,15 +305,4 @@ fn send(outbox: &mpsc::Sender<DnsMessage>, kind: dns_message::Kind) -> Result<()
         mpsc::error::TrySendError::Full(_) => SessionError::Stuck,
         mpsc::error::TrySendError::Closed(_) => SessionError::Closed,
     })
-}
-
-/// A status in words: the peer's, or, if the transport failed, the innermost reason.
-fn describe(status: &tonic::Status) -> String {
-    let mut text = status.message().to_owned();
-    let mut source = status.source();
-    while let Some(error) = source {
-        text = error.to_string();
-        source = error.source();
-    }
-    text
 }

@@ -25,6 +25,7 @@ use isthmus_api::{
     },
 };
 use isthmus_identity::{
+    bundle::TrustStore,
     ca::CertificateAuthority,
     grpc::{PeerInfo, TlsIncoming},
     keys::KeyPair,
@@ -36,6 +37,7 @@ use isthmus_model::{
     availability::{Availability, Report},
     global::{ClusterState, GlobalSnapshot},
     ids::{SpiffeId, TrustDomain},
+    time::Timestamp,
 };
 use isthmus_runtime::{
     tasks::{Shutdown, Tasks},
@@ -439,15 +441,32 @@ async fn a_certificate_is_renewed_before_it_ends() {
 }
 
 #[tokio::test]
-async fn a_used_token_is_told_and_tried_again_without_a_crash() {
+async fn a_used_token_ends_the_server_with_the_agents_words_and_the_remedy() {
     let (agent, dir) = (Agent::start(MONTH).await, tempfile::tempdir().unwrap());
     *agent.shared.spent.lock().unwrap() = true;
+    let bound = bind(dir.path(), Some(agent.token("dns/dns-1"))).await.unwrap();
+    let ended = timeout(DEADLINE, bound.run_until(std::future::pending())).await.unwrap();
+    let text = chain(&ended.unwrap_err());
+    assert!(text.contains("used already") && text.contains("isthmus-agent token dns dns-1"), "{text}");
+    agent.stop().await;
+}
+
+#[tokio::test]
+async fn a_certificate_that_has_ended_changes_no_answer_and_a_new_token_brings_the_feed_back() {
+    let (agent, dir) = (Agent::start(Duration::from_secs(3)).await, tempfile::tempdir().unwrap());
     let server = start(dir.path(), Some(agent.token("dns/dns-1"))).await;
-    assert_eq!(server.http("/readyz").await.0, 503);
-    // A new token in the same file is picked up.
-    *agent.shared.spent.lock().unwrap() = false;
     agent.publish(7);
+    agent.wait_applied(7).await;
+    server.stop().await;
+    let state = dir.path().join("state");
+    let ended = async || Svid::load(&state, "dns").unwrap().unwrap().not_after().0 < isthmus_runtime::now();
+    wait_for("the certificate to end", DEADLINE, ended).await.unwrap();
+    *agent.shared.spent.lock().unwrap() = false;
+    let server = start(dir.path(), Some(agent.token("dns/dns-1"))).await;
     server.wait_ready().await;
+    assert_eq!(server.cart().await, ["127.64.0.5"]);
+    agent.publish(8);
+    agent.wait_applied(8).await;
     server.stop().await;
     agent.stop().await;
 }
@@ -468,21 +487,6 @@ async fn a_first_start_without_a_usable_token_says_what_to_do() {
         assert!(text.contains(want), "{want} is missing in: {text}");
     }
     agent.stop().await;
-}
-
-#[tokio::test]
-async fn an_agent_with_another_ca_is_not_believed() {
-    let (agent, dir) = (Agent::start(MONTH).await, tempfile::tempdir().unwrap());
-    let other = Agent::start(MONTH).await;
-    let mut token = Token::parse(&agent.token("dns/dns-1")).unwrap();
-    token.address = other.address.to_string();
-    let desk = Desk { name: "dns-1".into(), state_dir: dir.path().into(), token_file: Some(dir.path().join("token")) };
-    std::fs::write(dir.path().join("token"), token.encode()).unwrap();
-    let error = desk.enrol().await.err().unwrap();
-    assert!(matches!(error, CredentialError::Agent { .. }), "{error}");
-    assert!(!*other.shared.spent.lock().unwrap(), "the secret must not have been sent");
-    agent.stop().await;
-    other.stop().await;
 }
 
 #[tokio::test]

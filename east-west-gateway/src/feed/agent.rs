@@ -2,12 +2,11 @@
 //!
 //! Reconnects for ever. Losing the agent changes nothing: the last view stands. A state that is older than the one held, of
 //! another federation, or not valid is refused and reported, never half applied; one that takes a revocation back is applied
-//! without that. Renews the gateway's certificate at half
-//! its life.
+//! without that.
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,26 +15,24 @@ use isthmus_api::{
     proto::{
         common::v1::GlobalSnapshot as GlobalMessage,
         local::v1::{
-            Draining, GatewayHello, GatewayMessage, GatewayUpdate, Problems, RenewRequest, gateway_message::Kind as Up,
+            Draining, GatewayHello, GatewayMessage, GatewayUpdate, Problems, gateway_message::Kind as Up,
             gateway_update::Kind as Down, local_client::LocalClient,
         },
     },
 };
-use isthmus_identity::{bundle::verify_successor, grpc, keys::KeyPair, renew, svid::Svid, tls};
+use isthmus_identity::{
+    enrol::{EnrolError, Member},
+    svid::Svid,
+};
 use isthmus_model::{availability::Observations, global::GlobalSnapshot, local::LocalEndpoints};
 use isthmus_runtime::{backoff::Backoff, tasks::chain};
-use rustls::pki_types::CertificateDer;
 use tokio::{
     sync::{mpsc, watch},
     time,
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::Channel;
 
-use super::{
-    disk::{self, Disk},
-    enrol::{EnrolError, Membership, SVID_NAME},
-};
+use super::disk::{self, Disk};
 use crate::{core::Core, metrics::Metrics, standing::Area, view::View};
 
 /// Between two availability reports.
@@ -60,23 +57,6 @@ enum SessionError {
     Timeout,
 }
 
-/// Why a certificate was not renewed.
-#[derive(Debug, thiserror::Error)]
-enum RenewError {
-    #[error("configure TLS")]
-    Configure(#[from] EnrolError),
-    #[error("make a key")]
-    Key(#[from] isthmus_identity::keys::KeyError),
-    #[error("call the agent")]
-    Call(#[from] tonic::Status),
-    #[error("the agent did not answer in time")]
-    Timeout,
-    #[error("use the new certificate")]
-    Svid(#[from] isthmus_identity::svid::SvidError),
-    #[error("the new certificate is for another identity")]
-    OtherIdentity,
-}
-
 /// What the feed needs to know of its gateway's listeners.
 #[derive(Clone, Debug)]
 pub(crate) struct Agent {
@@ -85,19 +65,19 @@ pub(crate) struct Agent {
 
 #[derive(Debug)]
 struct Inner {
-    membership: Mutex<Membership>,
+    member: Member,
     state_dir: PathBuf,
     view: watch::Sender<Arc<View>>,
 }
 
 impl Agent {
     /// A feed that begins with what is on disk.
-    pub(crate) fn new(membership: Membership, state_dir: PathBuf, metrics: &Metrics) -> Self {
+    pub(crate) fn new(member: Member, state_dir: PathBuf, metrics: &Metrics) -> Self {
         let view = disk::load(&state_dir, metrics);
         if let Some(global) = &view.global {
             tracing::info!(stamp = %global.stamp, "serving from the last known good state");
         }
-        let inner = Inner { membership: Mutex::new(membership), state_dir, view: watch::Sender::new(Arc::new(view)) };
+        let inner = Inner { member, state_dir, view: watch::Sender::new(Arc::new(view)) };
         Self { inner: Arc::new(inner) }
     }
 
@@ -162,7 +142,7 @@ impl Agent {
     }
 
     async fn session(&self, core: &Core, hello: &GatewayHello, disk: &Disk) -> Result<(), SessionError> {
-        let mut client = LocalClient::new(self.channel(core)?).max_decoding_message_size(MAX_MESSAGE);
+        let mut client = LocalClient::new(self.inner.member.channel()?).max_decoding_message_size(MAX_MESSAGE);
         // Small: a message is taken within a deadline or the session is over.
         let (up, outgoing) = mpsc::channel(8);
         let up = Uplink(up);
@@ -170,7 +150,7 @@ impl Agent {
         let call = client.gateway_feed(ReceiverStream::new(outgoing));
         let mut down = time::timeout(CALL, call).await.map_err(|_| SessionError::Timeout)??.into_inner();
         core.metrics.feed_connected(true);
-        tracing::info!(agent = self.membership().agent, "feed connected");
+        tracing::info!(agent = self.inner.member.record().address, "feed connected");
 
         let mut in_force = core.standing.in_force();
         in_force.mark_changed();
@@ -233,7 +213,7 @@ impl Agent {
 
     fn global(&self, core: &Core, disk: &Disk, message: GlobalMessage) -> Result<(), Refusal> {
         let mut next = GlobalSnapshot::try_from(message.clone()).map_err(Refusal::Invalid)?;
-        if next.federation != self.membership().federation {
+        if next.federation != *self.inner.member.record().federation() {
             return Err(Refusal::OtherFederation);
         }
         let held = self.inner.view.borrow().global.clone();
@@ -264,23 +244,22 @@ impl Agent {
     /// Takes over a new federation bundle if its predecessor vouches for it. A refused one costs only itself: peers under
     /// the roots known go on working.
     fn trust(&self, core: &Core, next: &GlobalSnapshot) {
-        let mut membership = self.inner.membership.lock().unwrap_or_else(PoisonError::into_inner);
-        if membership.bundle.document == next.federation_bundle.document {
-            return;
-        }
-        if let Err(error) = verify_successor(&membership.bundle, &next.federation_bundle) {
+        if let Err(error) = self.inner.member.succeed(&next.federation_bundle) {
             core.metrics.feed_problem("bundle");
             tracing::error!(error = chain(&error), "the federation's new trust bundle is refused; the old one stands");
-            return;
         }
-        let new = Membership { bundle: next.federation_bundle.clone(), ..membership.clone() };
-        let kept = new.apply(&core.identity.trust).and_then(|()| new.save(&self.inner.state_dir));
-        match kept {
-            Ok(()) => *membership = new,
-            Err(error) => {
-                core.metrics.feed_problem("bundle");
-                tracing::error!(error = chain(&error), "the federation's new trust bundle cannot be kept");
+    }
+
+    /// Renews the certificate whenever it is time, until the gateway stops.
+    pub(crate) async fn renew(self, core: Arc<Core>) {
+        let renewed = |outcome: Result<&Svid, &EnrolError>| {
+            if let Ok(svid) = outcome {
+                core.metrics.svid_expiry(svid.not_after().0);
             }
+        };
+        tokio::select! {
+            () = self.inner.member.clone().keep_fresh(renewed) => {}
+            () = core.stop.cancelled() => {}
         }
     }
 
@@ -290,57 +269,6 @@ impl Agent {
             change(&mut next);
             *view = Arc::new(next);
         });
-    }
-
-    /// Renews the certificate whenever it is time, until the gateway stops.
-    pub(crate) async fn renew(self, core: Arc<Core>) {
-        let mut backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
-        loop {
-            let current = core.identity.source.current();
-            core.metrics.svid_expiry(current.not_after().0);
-            let due = renew::renew_at(&current).0.saturating_sub(isthmus_runtime::now());
-            tokio::select! {
-                () = time::sleep(Duration::from_millis(due)) => {}
-                () = core.stop.cancelled() => return,
-            }
-            match self.renew_once(&core).await {
-                Ok(()) => backoff.reset(),
-                Err(error) => {
-                    tracing::warn!(error = chain(&error), ends = %current.not_after(), "certificate not renewed yet");
-                    tokio::select! {
-                        () = time::sleep(backoff.next()) => {}
-                        () = core.stop.cancelled() => return,
-                    }
-                }
-            }
-        }
-    }
-
-    async fn renew_once(&self, core: &Core) -> Result<(), RenewError> {
-        let key = KeyPair::generate()?;
-        let mut client = LocalClient::new(self.channel(core)?);
-        let call = client.renew(RenewRequest { csr: key.csr_der()? });
-        let response = time::timeout(CALL, call).await.map_err(|_| RenewError::Timeout)??.into_inner();
-        let chain = response.certificate_chain.into_iter().map(CertificateDer::from).collect();
-        let svid = Svid::new(chain, &key)?;
-        if svid.id() != core.identity.source.current().id() {
-            return Err(RenewError::OtherIdentity);
-        }
-        svid.save(&self.inner.state_dir, SVID_NAME)?;
-        tracing::info!(ends = %svid.not_after(), "certificate renewed");
-        core.identity.source.set(svid);
-        Ok(())
-    }
-
-    fn channel(&self, core: &Core) -> Result<Channel, EnrolError> {
-        let membership = self.membership();
-        let policy = membership.agent_policy()?;
-        let tls = tls::client_config(Some(&core.identity.source), &core.identity.trust, policy, &[b"h2"])?;
-        Ok(grpc::connect_lazy(&membership.agent, Arc::new(tls)))
-    }
-
-    fn membership(&self) -> Membership {
-        self.inner.membership.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

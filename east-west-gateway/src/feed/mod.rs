@@ -1,12 +1,11 @@
 //! Where the gateway's identity and its view come from.
 //!
-//! From the cluster's agent: enrolled once with a one-time token ([`enrol`]), then a stream that reconnects for ever
-//! ([`agent`]), with the last known good state on disk to begin from ([`disk`]). Or given from outside, for tests and
-//! embedders.
+//! From the cluster's agent: enrolled once with a one-time token ([`isthmus_identity::enrol`]), then a stream that reconnects
+//! for ever ([`agent`]), with the last known good state on disk to begin from ([`disk`]). Or given from outside, for tests
+//! and embedders.
 
 mod agent;
 mod disk;
-mod enrol;
 
 use std::sync::Arc;
 
@@ -14,10 +13,7 @@ use isthmus_identity::{bundle::TrustStore, tls::IdentitySource};
 use isthmus_model::ids::{ClusterName, TrustDomain};
 use tokio::sync::watch;
 
-pub(crate) use self::{
-    agent::Agent,
-    enrol::{Enrolled, enrolled},
-};
+pub(crate) use self::agent::Agent;
 use crate::view::View;
 
 /// Where the gateway's identity and its view come from.

@@ -1,5 +1,5 @@
 //! Who everyone is: the certificate authority of a trust domain, X.509 SVIDs, SPIFFE bundles, TLS configurations whose
-//! verifiers know SPIFFE IDs, gRPC over them, and the one-time tokens that bring a newcomer in.
+//! verifiers know SPIFFE IDs, gRPC over them, the one-time tokens that bring a newcomer in, and the newcomer's side of it.
 //!
 //! What always holds: a certificate is verified with the roots of its own trust domain and no other; TLS is 1.3, without
 //! resumption or early data; private keys never show in `Debug` or logs and lie in files of mode 0600. The only crypto
@@ -9,6 +9,7 @@
 
 pub mod bundle;
 pub mod ca;
+pub mod enrol;
 pub mod grpc;
 pub mod keys;
 pub mod renew;

@@ -1,6 +1,6 @@
 //! Client channels: TCP and TLS by hand, so that the SPIFFE verifier of the given configuration decides.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{error::Error as _, io, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use rustls::{CertificateError, ClientConfig, OtherError};
@@ -35,6 +35,17 @@ pub fn connect_lazy(target: &str, tls: Arc<ClientConfig>) -> Channel {
             }
         }
     }))
+}
+
+/// A status in words: the peer's, or, if the transport failed, the innermost reason.
+pub fn words(status: &tonic::Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut source = status.source();
+    while let Some(error) = source {
+        text = error.to_string();
+        source = error.source();
+    }
+    text
 }
 
 async fn connect(target: &str, tls: Arc<ClientConfig>) -> io::Result<TlsStream<TcpStream>> {

@@ -11,7 +11,7 @@ mod incoming;
 
 pub use self::{
     admission::{MAX_KNOWN, MAX_STRANGERS, MAX_STRANGERS_PER_SOURCE, STRANGER_LIFETIME},
-    client::connect_lazy,
+    client::{connect_lazy, words},
     conn::{PeerInfo, TlsConn},
     incoming::{HANDSHAKE_DEADLINE, Handshakes, MAX_PENDING, TlsIncoming},
 };
