@@ -269,7 +269,13 @@ pub async fn strangers(stage: &mut Stage, report: &mut Report) -> anyhow::Result
             Ok(reply) if reply == "accept" => {
                 ensure!(revoked.elapsed() < Duration::from_secs(1), "still served 1 s after its revocation");
             }
-            other => break refused("tunnel, gateway of ap-south once revoked", &["peer_not_a_member"], other)?,
+            other => {
+                break refused(
+                    "tunnel, gateway of ap-south once revoked",
+                    &["peer_revoked", "peer_not_a_member"],
+                    other,
+                )?;
+            }
         }
     };
     report.good(&last);
