@@ -7,7 +7,7 @@ use std::{net::SocketAddr, sync::Arc};
 
 use isthmus_model::{
     global::{GlobalService, GlobalSnapshot},
-    ids::{ClusterName, PortName, ServiceName},
+    ids::{ClusterName, ServiceName},
     local::{Endpoint, LocalEndpoints},
 };
 
@@ -36,19 +36,10 @@ impl View {
     /// `selector` picks one endpoint of a headless service by its dashed IP, as DNS names it.
     pub(crate) fn addresses(&self, service: &GlobalService, port: u16, selector: Option<&str>) -> Vec<SocketAddr> {
         let Some(entry) = service.ports.iter().find(|p| p.port.number == port) else { return Vec::new() };
-        let lone = service.ports.len() == 1;
         let wanted = |e: &&Endpoint| e.is_serving() && selector.is_none_or(|s| dashed(e) == s);
-        let address = |e: &Endpoint| e.address(&entry.port.name).or_else(|| lone.then(|| lone_address(e)).flatten());
+        // The agent names endpoints' ports as the global service does, whatever the cluster's own names.
+        let address = |e: &Endpoint| e.address(&entry.port.name);
         self.endpoints.of(&service.name).iter().filter(wanted).filter_map(address).collect()
-    }
-}
-
-/// Clusters may name a service's only port differently: then the endpoint's only port is the one.
-fn lone_address(endpoint: &Endpoint) -> Option<SocketAddr> {
-    let mut ports: Vec<&PortName> = endpoint.ports.keys().collect();
-    match (ports.pop(), ports.pop()) {
-        (Some(name), None) => endpoint.address(name),
-        _ => None,
     }
 }
 
