@@ -11,9 +11,9 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
-use isthmus_api::convert::{AvailabilityReport, Problem, limits};
+use isthmus_api::convert::{Problem, limits};
 use isthmus_model::{
-    availability::{Availability, Observations},
+    availability::{Availability, Observations, Report},
     failover::{self, choose},
     global::{ClusterState, GlobalSnapshot},
     ids::{ClusterName, ServiceName, TrustDomain, Zone},
@@ -78,7 +78,7 @@ pub enum GatewayEvent {
     /// First.
     Hello(LocalGateway),
     /// All it knows of other clusters.
-    Report(AvailabilityReport),
+    Report(Vec<Report>),
     /// It takes no new traffic.
     Draining,
     /// The stream broke.
@@ -324,7 +324,7 @@ impl State {
             record.seen = now;
         }
         match event {
-            GatewayEvent::Report(report) => said.reports = report.availability,
+            GatewayEvent::Report(reports) => said.reports = reports,
             GatewayEvent::Draining => record.gateway.draining = true,
             GatewayEvent::Goodbye => {
                 record.gateway.draining = true;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use axum::{Router, http::HeaderMap, routing::any};
-use isthmus_api::{convert::AvailabilityReport, manifest, proto::local::v1::local_server::LocalServer};
+use isthmus_api::{manifest, proto::local::v1::local_server::LocalServer};
 use isthmus_identity::{
     bundle::TrustStore,
     ca::CertificateAuthority,
@@ -288,8 +288,7 @@ impl Agent {
             current: up,
             recovered_at: None,
         };
-        let report = AvailabilityReport { availability: vec![report("cart"), report("orders")], tunnels: Vec::new() };
-        for event in [GatewayEvent::Hello(gateway), GatewayEvent::Report(report)] {
+        for event in [GatewayEvent::Hello(gateway), GatewayEvent::Report(vec![report("cart"), report("orders")])] {
             self.hub.send(Event::Gateway("gateway-1".to_owned(), session, event)).await.unwrap();
         }
     }

@@ -16,7 +16,7 @@ use std::{
 use isthmus_model::{
     availability::Availability,
     ids::{ClusterName, ServiceName},
-    local::TunnelState,
+    local::{Transport, TunnelState},
 };
 use serde::Serialize;
 use tokio::sync::Notify;
@@ -290,6 +290,10 @@ impl Registry {
             gateway: info.gateway,
             up: info.up && !info.draining,
             rtt_us: info.rtt_us,
+            transport: Transport::Quic,
+            downgraded: false,
+            loss_ppm: 0,
+            cwnd_bytes: 0,
         };
         self.infos().into_iter().map(state).collect()
     }

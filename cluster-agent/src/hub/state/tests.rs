@@ -2,7 +2,6 @@ use std::collections::BTreeSet;
 
 use isthmus_api::manifest::{self, Object};
 use isthmus_model::{
-    availability::Report,
     global::{ClusterInfo, Exporter, GlobalPort, GlobalService, Locality, Settings},
     ids::{ClusterIndex, Epoch, PortName, Revision, Stamp, VipIndex},
     local::{self, Inbound},
@@ -130,7 +129,7 @@ fn gateway(name: &str) -> LocalGateway {
 fn report(ready: u8, reachable: bool) -> GatewayEvent {
     let current = Availability { ready, total: 2, reachable };
     let report = Report { service: cart(), cluster: "us-west".parse().unwrap(), current, recovered_at: None };
-    GatewayEvent::Report(AvailabilityReport { availability: vec![report], tunnels: Vec::new() })
+    GatewayEvent::Report(vec![report])
 }
 
 fn on_sidecar(state: &mut State, session: Session, event: SidecarEvent) -> Result<(), Refusal> {

@@ -20,6 +20,7 @@ use crate::{
         Feeds,
         state::{Event, GatewayEvent, Session},
     },
+    status::Attached,
     view::LocalGateway,
 };
 
@@ -33,11 +34,11 @@ pub(super) async fn run(parts: &Parts, mut inbound: Streaming<GatewayMessage>, o
     let name = gateway.hello.name.clone();
     let session = parts.hub.session();
     taken(parts.hub.send(Event::Gateway(name.clone(), session, GatewayEvent::Hello(gateway))).await)?;
-    parts.status.attached(ConsumerKind::Gateway, &name, session);
+    let standing = parts.status.attach(ConsumerKind::Gateway, &name, session);
     tracing::info!(gateway = %name, "gateway connected");
-    let stream = Stream { parts, name: &name, session, feeds: parts.hub.feeds.clone(), sent: Sent::default() };
+    let stream =
+        Stream { parts, name: &name, session, standing, feeds: parts.hub.feeds.clone(), sent: Sent::default() };
     let outcome = stream.run(inbound, out).await;
-    parts.status.detached(ConsumerKind::Gateway, &name, session);
     let end = *outcome.as_ref().unwrap_or(&End::Lost);
     tracing::info!(gateway = %name, ?end, "gateway disconnected");
     let event = match end {
@@ -53,6 +54,7 @@ struct Stream<'a> {
     parts: &'a Parts,
     name: &'a str,
     session: Session,
+    standing: Attached,
     feeds: watch::Receiver<Feeds>,
     sent: Sent,
 }
@@ -96,15 +98,17 @@ impl Stream<'_> {
         let event = match message.kind {
             Some(gateway_message::Kind::Hello(_)) => return Err(hello_again()),
             Some(gateway_message::Kind::Applied(stamp)) => {
-                self.parts.status.applied(ConsumerKind::Gateway, self.name, Stamp::try_from(stamp)?);
+                self.standing.applied(Stamp::try_from(stamp)?);
                 return Ok(());
             }
             Some(gateway_message::Kind::Problems(problems)) => {
-                self.parts.status.consumer_problems(ConsumerKind::Gateway, self.name, problems.texts);
+                self.standing.problems(problems.texts);
                 return Ok(());
             }
             Some(gateway_message::Kind::Availability(report)) => {
-                GatewayEvent::Report(AvailabilityReport::try_from(report)?)
+                let report = AvailabilityReport::try_from(report)?;
+                self.standing.tunnels(report.tunnels);
+                GatewayEvent::Report(report.availability)
             }
             Some(gateway_message::Kind::Draining(_)) => GatewayEvent::Draining,
             // Of a newer version.

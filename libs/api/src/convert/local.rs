@@ -5,15 +5,17 @@ use std::net::IpAddr;
 use isthmus_model::{
     availability::{Availability, Report},
     ids::{PortName, ServiceName, check_label},
-    local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, TunnelState},
+    local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, Transport, TunnelState},
 };
 
 use super::{
     ConvertError, Result,
-    common::{app_protocol, counts, dialable},
+    common::{app_protocol, counts, dialable, known},
     limits, list, name, port, required, unique,
 };
 use crate::proto::{common::v1 as common, local::v1 as pb};
+
+const MILLION: u32 = 1_000_000;
 
 /// Everything one gateway knows of other clusters.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,18 +46,50 @@ impl From<&AvailabilityReport> for pb::AvailabilityReport {
     }
 }
 
-impl TryFrom<pb::TunnelStatus> for TunnelState {
+impl TryFrom<common::TunnelStatus> for TunnelState {
     type Error = ConvertError;
 
-    fn try_from(p: pb::TunnelStatus) -> Result<Self> {
+    fn try_from(p: common::TunnelStatus) -> Result<Self> {
         check_label("gateway name", &p.gateway).map_err(|e| ConvertError::new("gateway", e.to_string()))?;
-        Ok(Self { cluster: name("cluster", &p.cluster)?, gateway: p.gateway, up: p.up, rtt_us: p.rtt_us })
+        let transport = match known::<common::Transport>("transport", p.transport)? {
+            common::Transport::Quic | common::Transport::Unspecified => Transport::Quic,
+            common::Transport::Tcp => Transport::Tcp,
+        };
+        if p.downgraded && transport != Transport::Tcp {
+            return Err(ConvertError::new("downgraded", "is set for a tunnel over QUIC, which is what it falls from"));
+        }
+        if p.loss_ppm > MILLION {
+            return Err(ConvertError::new("loss_ppm", format!("{} lost of every million is too many", p.loss_ppm)));
+        }
+        Ok(Self {
+            cluster: name("cluster", &p.cluster)?,
+            gateway: p.gateway,
+            up: p.up,
+            rtt_us: p.rtt_us,
+            transport,
+            downgraded: p.downgraded,
+            loss_ppm: p.loss_ppm,
+            cwnd_bytes: p.cwnd_bytes,
+        })
     }
 }
 
-impl From<&TunnelState> for pb::TunnelStatus {
+impl From<&TunnelState> for common::TunnelStatus {
     fn from(t: &TunnelState) -> Self {
-        Self { cluster: t.cluster.to_string(), gateway: t.gateway.clone(), up: t.up, rtt_us: t.rtt_us }
+        let transport = match t.transport {
+            Transport::Quic => common::Transport::Quic,
+            Transport::Tcp => common::Transport::Tcp,
+        };
+        Self {
+            cluster: t.cluster.to_string(),
+            gateway: t.gateway.clone(),
+            up: t.up,
+            rtt_us: t.rtt_us,
+            transport: transport.into(),
+            downgraded: t.downgraded,
+            loss_ppm: t.loss_ppm,
+            cwnd_bytes: t.cwnd_bytes,
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use isthmus_model::{
     failover::FailoverPolicy,
     global::{ClusterInfo, ClusterState, Conflict, GlobalDelta, GlobalSnapshot, Locality, Settings},
     ids::{ClusterIndex, ClusterName, Epoch, Revision, ServiceName, Stamp, VipIndex},
-    local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, TunnelState},
+    local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, Transport, TunnelReport, TunnelState},
     merge::merge,
     service::{AppProtocol, Export, GatewayAddress, Publication, ServiceKind, ServicePort, TrustBundle},
     time::Timestamp,
@@ -191,14 +191,38 @@ fn local_messages_survive_the_wire() {
             current: Availability { ready: 1, total: 2, reachable: true },
             recovered_at: Some(Timestamp(7)),
         }],
-        tunnels: vec![TunnelState {
-            cluster: "us-west".parse().unwrap(),
-            gateway: "gateway-1".into(),
-            up: true,
-            rtt_us: 700,
-        }],
+        tunnels: vec![tunnel()],
     };
     assert_eq!(loc::AvailabilityReport::from(&report).try_into(), Ok(report));
+}
+
+fn tunnel() -> TunnelState {
+    TunnelState {
+        cluster: "us-west".parse().unwrap(),
+        gateway: "gateway-1".into(),
+        up: true,
+        rtt_us: 700,
+        transport: Transport::Tcp,
+        downgraded: true,
+        loss_ppm: 12_000,
+        cwnd_bytes: 64_000,
+    }
+}
+
+#[test]
+fn a_tunnels_state_is_checked_and_one_from_before_there_was_a_choice_runs_over_quic() {
+    let said = common::TunnelStatus::from(&tunnel());
+    let field = |change: &dyn Fn(&mut common::TunnelStatus)| {
+        let mut said = said.clone();
+        change(&mut said);
+        TunnelState::try_from(said).map(|t| t.transport).map_err(|e| e.field)
+    };
+    assert_eq!(field(&|t| (t.transport, t.downgraded) = (0, false)), Ok(Transport::Quic));
+    assert_eq!(field(&|t| t.loss_ppm = 1_000_000), Ok(Transport::Tcp));
+    assert_eq!(field(&|t| t.loss_ppm = 1_000_001), Err("loss_ppm".to_owned()));
+    assert_eq!(field(&|t| t.transport = 1), Err("downgraded".to_owned()));
+    assert_eq!(field(&|t| t.transport = 9), Err("transport".to_owned()));
+    assert_eq!(field(&|t| t.gateway = "a/b".to_owned()), Err("gateway".to_owned()));
 }
 
 #[test]
@@ -213,6 +237,7 @@ fn status_survives_the_wire() {
         }],
         availability: vec![],
         problems: vec![Problem { at: "cart.yaml:14".into(), field: "spec".into(), message: "is missing".into() }],
+        tunnels: vec![TunnelReport { from: "gateway-2".into(), tunnel: tunnel() }],
     };
     assert_eq!(fed::Status::from(&status).try_into(), Ok(status));
 }
