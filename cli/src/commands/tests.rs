@@ -81,7 +81,7 @@ fn two_clusters(gateway: u64) -> [Value; 2] {
 fn snapshot() -> GlobalSnapshot {
     let cluster = |name: &str, region: &str, index: u16| {
         json!({"name": name, "index": index, "locality": {"region": region, "zone": format!("{name}-1")},
-            "state": "Active", "gateways": [{"name": "gateway-1", "tunnel": "127.1.1.11:15443"}],
+            "state": "Active", "gateways": [{"name": "gateway-1", "tunnel": "127.1.1.11:15443"}, {"name": "gateway-2", "tunnel": null}],
             "bundle": {"trust_domain": format!("{name}.example"), "document": "{}", "predecessor_signature": []}})
     };
     let exporter =
@@ -215,7 +215,7 @@ shop/cart  ClusterSetIP  5      http:80/http  eu-central,us-east  -
     assert_eq!(get_command::services_table(&services), want);
     let clusters: Vec<_> = global.clusters.values().cloned().collect();
     let text = get_command::clusters_table(&clusters);
-    assert!(text.contains("gateway-1=127.1.1.11:15443"), "{text}");
+    assert!(text.contains("gateway-1=127.1.1.11:15443,gateway-2 (dials out only)"), "{text}");
 }
 
 #[test]

@@ -275,7 +275,7 @@ impl Agent {
         let session = self.hub.session();
         let hello = local::LocalGateway {
             name: "gateway-1".to_owned(),
-            tunnel: SocketAddr::new(ip, 15443),
+            tunnel: Some(SocketAddr::new(ip, 15443)),
             local_ip: ip,
             auto_port: 15440,
             pinned_port_base: 15500,

@@ -109,7 +109,9 @@ fn reconcile(core: &Arc<Core>, endpoint: &Endpoint) {
 fn wanted(core: &Core, view: &View) -> BTreeMap<PeerKey, SocketAddr> {
     let Some(global) = &view.global else { return BTreeMap::new() };
     let others = global.clusters.values().filter(|c| c.state == ClusterState::Active && c.name != core.cluster);
-    others.flat_map(|c| c.gateways.iter().map(|g| ((c.name.clone(), g.name.clone()), g.tunnel))).collect()
+    // Those that cannot be dialled dial us.
+    let gateways = others.flat_map(|c| c.gateways.iter().map(move |g| (c, g)));
+    gateways.filter_map(|(c, g)| Some(((c.name.clone(), g.name.clone()), g.tunnel?))).collect()
 }
 
 /// The task of one peer.

@@ -61,8 +61,8 @@ impl LocalEndpoints {
 pub struct LocalGateway {
     /// Unique within the cluster.
     pub name: String,
-    /// Where peers dial (UDP).
-    pub tunnel: SocketAddr,
+    /// Where peers dial (UDP; TCP too where links may run over it); `None`: it cannot be dialled and only dials out.
+    pub tunnel: Option<SocketAddr>,
     /// Where local sidecars dial (TCP).
     pub local_ip: IpAddr,
     /// The port where the gateway chooses the cluster.

@@ -10,7 +10,7 @@ use isthmus_model::{
 
 use super::{
     ConvertError, Result,
-    common::{app_protocol, counts, dialable, known},
+    common::{app_protocol, counts, dialable, known, maybe_dialable},
     limits, list, name, port, required, unique,
 };
 use crate::proto::{common::v1 as common, local::v1 as pb};
@@ -165,7 +165,7 @@ impl TryFrom<pb::GatewayHello> for LocalGateway {
         check_label("gateway name", &p.name).map_err(|e| ConvertError::new("name", e.to_string()))?;
         Ok(Self {
             name: p.name,
-            tunnel: dialable("tunnel_address", &p.tunnel_address)?,
+            tunnel: maybe_dialable("tunnel_address", &p.tunnel_address)?,
             local_ip: ip("local_ip", &p.local_ip)?,
             auto_port: port("auto_port", p.auto_port)?,
             pinned_port_base: port("pinned_port_base", p.pinned_port_base)?,
@@ -177,7 +177,7 @@ impl From<&LocalGateway> for pb::GatewayHello {
     fn from(g: &LocalGateway) -> Self {
         Self {
             name: g.name.clone(),
-            tunnel_address: g.tunnel.to_string(),
+            tunnel_address: g.tunnel.map(|t| t.to_string()).unwrap_or_default(),
             local_ip: g.local_ip.to_string(),
             auto_port: g.auto_port.into(),
             pinned_port_base: g.pinned_port_base.into(),

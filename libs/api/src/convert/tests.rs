@@ -51,9 +51,10 @@ fn publication((cluster, age, headless, ports): &Said) -> Publication {
         ports,
         identities: [id.parse().unwrap()].into(),
     };
+    let gateway = |name: &str, tunnel| GatewayAddress { name: name.into(), tunnel };
     Publication {
         exports: [(service, export)].into(),
-        gateways: vec![GatewayAddress { name: "gateway-1".into(), tunnel: "127.1.1.11:15443".parse().unwrap() }],
+        gateways: vec![gateway("gateway-1", "127.1.1.11:15443".parse().ok()), gateway("gateway-2", None)],
         bundle: bundle(&format!("c{cluster}.example")),
     }
 }
@@ -167,14 +168,16 @@ fn local_messages_survive_the_wire() {
     let endpoints = LocalEndpoints { services: [(ServiceName::new("shop", "cart").unwrap(), vec![endpoint])].into() };
     assert_eq!(loc::LocalEndpoints::from(&endpoints).try_into(), Ok(endpoints));
 
-    let gateway = LocalGateway {
-        name: "gateway-1".into(),
-        tunnel: "127.1.1.11:15443".parse().unwrap(),
-        local_ip: "127.1.1.11".parse().unwrap(),
-        auto_port: 15440,
-        pinned_port_base: 15500,
-    };
-    assert_eq!(loc::GatewayHello::from(&gateway).try_into(), Ok(gateway));
+    for tunnel in ["127.1.1.11:15443".parse().ok(), None] {
+        let gateway = LocalGateway {
+            name: "gateway-1".into(),
+            tunnel,
+            local_ip: "127.1.1.11".parse().unwrap(),
+            auto_port: 15440,
+            pinned_port_base: 15500,
+        };
+        assert_eq!(loc::GatewayHello::from(&gateway).try_into(), Ok(gateway));
+    }
 
     let sidecar = Sidecar {
         name: "cart-1".into(),
@@ -280,7 +283,7 @@ fn a_bad_publication_is_refused_with_the_path_of_its_field() {
         "exports: shop/cart names spiffe://other.example/ns/shop/sa/cart, which is outside the cluster's trust domain c0.example"
     );
     assert_eq!(refusal(|p| p.exports.push(p.exports[0].clone())), "exports[1]: shop/cart is there twice");
-    assert_eq!(refusal(|p| p.gateways.push(p.gateways[0].clone())), "gateways[1]: gateway-1 is there twice");
+    assert_eq!(refusal(|p| p.gateways.push(p.gateways[0].clone())), "gateways[2]: gateway-1 is there twice");
     assert!(
         refusal(|p| p.gateways[0].tunnel = "0.0.0.0:1".into()).starts_with("gateways[0].tunnel: \"0.0.0.0:1\" cannot")
     );
