@@ -48,6 +48,7 @@ use super::{Config, config::Inbound, test_envoy};
 use crate::{
     hub::{
         self, Hub, Setup,
+        gateways::Hello,
         state::{Event, GatewayEvent, Members, Own, State},
     },
     local::{
@@ -281,6 +282,7 @@ impl Agent {
             pinned_port_base: 15500,
         };
         let gateway = LocalGateway { hello, draining: false };
+        let hello = Hello { gateway, instance: String::new() };
         let up = Availability { ready: 1, total: 1, reachable: true };
         let report = |service: &str| Report {
             service: ServiceName::new("shop", service).unwrap(),
@@ -288,7 +290,7 @@ impl Agent {
             current: up,
             recovered_at: None,
         };
-        for event in [GatewayEvent::Hello(gateway), GatewayEvent::Report(vec![report("cart"), report("orders")])] {
+        for event in [GatewayEvent::Hello(hello), GatewayEvent::Report(vec![report("cart"), report("orders")])] {
             self.hub.send(Event::Gateway("gateway-1".to_owned(), session, event)).await.unwrap();
         }
     }

@@ -115,7 +115,8 @@ fn sidecar(account: &str) -> Sidecar {
     Sidecar { hello, identity: format!("spiffe://us-east.example/ns/shop/sa/{account}").parse().unwrap() }
 }
 
-fn gateway(name: &str) -> LocalGateway {
+/// Of a process that does not say which one it is.
+fn gateway(name: &str) -> gateways::Hello {
     let hello = local::LocalGateway {
         name: name.to_owned(),
         tunnel: "127.1.1.11:15443".parse().ok(),
@@ -123,7 +124,7 @@ fn gateway(name: &str) -> LocalGateway {
         auto_port: 15440,
         pinned_port_base: 15500,
     };
-    LocalGateway { hello, draining: false }
+    gateways::Hello { gateway: LocalGateway { hello, draining: false }, instance: String::new() }
 }
 
 fn report(ready: u8, reachable: bool) -> GatewayEvent {

@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use isthmus_api::{
-    convert::{AvailabilityReport, ConsumerKind},
-    proto::local::v1::{GatewayMessage, GatewayUpdate, gateway_message, gateway_update},
+    convert::{AvailabilityReport, ConsumerKind, ConvertError},
+    proto::local::v1::{GatewayHello, GatewayMessage, GatewayUpdate, gateway_message, gateway_update},
 };
 use isthmus_model::{
     ids::Stamp,
@@ -18,11 +18,14 @@ use super::{End, Parts, first, hello_again, hello_missing, place, taken};
 use crate::{
     hub::{
         Feeds,
+        gateways::Hello,
         state::{Event, GatewayEvent, Session},
     },
     status::Attached,
     view::LocalGateway,
 };
+
+const MAX_INSTANCE: usize = 64;
 
 type Out = Sender<Result<GatewayUpdate, Status>>;
 
@@ -30,10 +33,12 @@ pub(super) async fn run(parts: &Parts, mut inbound: Streaming<GatewayMessage>, o
     let Some(gateway_message::Kind::Hello(hello)) = first(&mut inbound).await?.kind else {
         return Err(hello_missing());
     };
+    let instance = instance(&hello)?;
     let gateway = LocalGateway { hello: local::LocalGateway::try_from(hello)?, draining: false };
     let name = gateway.hello.name.clone();
+    let hello = Hello { gateway, instance };
     let session = parts.hub.session();
-    taken(parts.hub.send(Event::Gateway(name.clone(), session, GatewayEvent::Hello(gateway))).await)?;
+    taken(parts.hub.send(Event::Gateway(name.clone(), session, GatewayEvent::Hello(hello))).await)?;
     let standing = parts.status.attach(ConsumerKind::Gateway, &name, session);
     tracing::info!(gateway = %name, "gateway connected");
     let stream =
@@ -48,6 +53,14 @@ pub(super) async fn run(parts: &Parts, mut inbound: Streaming<GatewayMessage>, o
     };
     taken(parts.hub.send(Event::Gateway(name, session, event)).await)?;
     outcome.map(|_| ())
+}
+
+/// Which process of its name it is.
+fn instance(hello: &GatewayHello) -> Result<String, ConvertError> {
+    match hello.instance.len() {
+        0..=MAX_INSTANCE => Ok(hello.instance.clone()),
+        n => Err(ConvertError::new("instance", format!("{n} bytes; at most {MAX_INSTANCE} are allowed"))),
+    }
 }
 
 struct Stream<'a> {

@@ -181,6 +181,7 @@ impl From<&LocalGateway> for pb::GatewayHello {
             local_ip: g.local_ip.to_string(),
             auto_port: g.auto_port.into(),
             pinned_port_base: g.pinned_port_base.into(),
+            instance: String::new(),
         }
     }
 }
