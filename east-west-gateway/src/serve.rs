@@ -250,6 +250,7 @@ impl Starting {
                 local_ip: core.config.listen.local.to_string(),
                 auto_port: self.auto_addr.port().into(),
                 pinned_port_base: core.config.listen.pinned_port_base.into(),
+                instance: format!("{}-{}", std::process::id(), isthmus_runtime::now()),
             };
             tasks.spawn("feed.follow", agent.clone().follow(core.clone(), hello));
             tasks.spawn("feed.remember", agent.clone().remember(core.clone()));

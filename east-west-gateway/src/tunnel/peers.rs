@@ -98,5 +98,7 @@ fn reach(core: &Arc<Core>, peer: Peer) {
 fn wanted(core: &Core, view: &View) -> BTreeMap<PeerKey, SocketAddr> {
     let Some(global) = &view.global else { return BTreeMap::new() };
     let others = global.clusters.values().filter(|c| c.state == ClusterState::Active && c.name != core.cluster);
-    others.flat_map(|c| c.gateways.iter().map(|g| ((c.name.clone(), g.name.clone()), g.tunnel))).collect()
+    // Those that cannot be dialled dial us.
+    let gateways = others.flat_map(|c| c.gateways.iter().map(move |g| (c, g)));
+    gateways.filter_map(|(c, g)| Some(((c.name.clone(), g.name.clone()), g.tunnel?))).collect()
 }
