@@ -488,6 +488,22 @@ impl Registry {
         self.lock().get(key).is_some_and(|peer| peer.words.iter().any(own))
     }
 
+    /// Where the gateways of `cluster` are now.
+    #[cfg(test)]
+    pub(crate) fn remotes(&self, cluster: &ClusterName) -> Vec<SocketAddr> {
+        let peers = self.lock();
+        let words = of_cluster(&peers, cluster).flat_map(|peer| &peer.words);
+        words.map(|word| word.tunnel.link.remote_address()).collect()
+    }
+
+    /// The tunnels that were dialled to `cluster`.
+    #[cfg(test)]
+    pub(crate) fn own_links(&self, cluster: &ClusterName) -> Vec<u64> {
+        let peers = self.lock();
+        let words = of_cluster(&peers, cluster).flat_map(|peer| &peer.words);
+        words.filter(|word| word.tunnel.origin != Origin::Accepted).map(|word| word.tunnel.id).collect()
+    }
+
     /// How many tunnels to `cluster` work.
     pub(crate) fn count(&self, cluster: &ClusterName) -> usize {
         of_cluster(&self.lock(), cluster).map(|peer| peer.words.len()).sum()
