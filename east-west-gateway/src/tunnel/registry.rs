@@ -16,7 +16,7 @@ use std::{
 use isthmus_model::{
     availability::Availability,
     ids::{ClusterName, ServiceName},
-    local::{Transport, TunnelState},
+    local::{self, TunnelState},
 };
 use serde::Serialize;
 use tokio::sync::{Notify, watch};
@@ -480,10 +480,21 @@ impl Registry {
             gateway: info.gateway,
             up: info.up && !info.draining,
             rtt_us: info.rtt_us,
-            transport: Transport::Quic,
-            downgraded: false,
-            loss_ppm: 0,
-            cwnd_bytes: 0,
+            transport: match info.transport {
+                Some(Transport::Tcp) => local::Transport::Tcp,
+                None if info.downgraded => local::Transport::Tcp,
+                Some(Transport::Quic) | None => local::Transport::Quic,
+            },
+            downgraded: info.downgraded,
+            // Over the links' lives; an upper bound of a million fits.
+            loss_ppm: info
+                .packets_lost
+                .min(info.packets_sent)
+                .saturating_mul(1_000_000)
+                .checked_div(info.packets_sent)
+                .and_then(|ppm| u32::try_from(ppm).ok())
+                .unwrap_or_default(),
+            cwnd_bytes: info.congestion_window,
         };
         self.infos().into_iter().map(state).collect()
     }
