@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use isthmus_model::ids::{ClusterName, Stamp};
+use isthmus_model::{
+    ids::{ClusterName, Stamp},
+    local::Transport,
+};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
@@ -10,7 +13,7 @@ use prometheus_client::{
 
 use isthmus_runtime::health::Registry;
 
-use crate::tunnel::{link::Transport, registry::Tunnel};
+use crate::tunnel::registry::Tunnel;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {

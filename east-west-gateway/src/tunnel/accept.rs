@@ -17,7 +17,7 @@ use tokio::time;
 use super::{
     Close,
     control::{self, Control},
-    link::{Link, RecvHalf, SendHalf, quic},
+    link::{self, Link, RecvHalf, SendHalf, quic},
     registry::{Origin, Tunnel},
 };
 use crate::{core::Core, egress};
@@ -166,7 +166,7 @@ impl Member<'_> {
         let gateway = control.peer.clone();
         tracing::info!(
             cluster = %self.cluster, gateway, peer = %self.link.remote_address(),
-            transport = self.link.transport().label(), "peer connected"
+            transport = link::label(self.link.transport()), "peer connected"
         );
         let key = (self.cluster.clone(), gateway.clone());
         // It lives, so it can be reached: no need to wait for the next attempt.

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Close, accept,
     control::{Control, HelloError},
-    link::{Link, quic, tcp},
+    link::{self, Link, quic, tcp},
     registry::{Origin, PeerKey, Steer, Tunnel},
 };
 use crate::core::{Core, expires};
@@ -142,7 +142,7 @@ impl Peer {
             return Ended::Lost;
         }
         tracing::info!(
-            %cluster, gateway, address = %self.address, transport = transport.label(), rtt = ?tunnel.rtt(), "tunnel up"
+            %cluster, gateway, address = %self.address, transport = link::label(transport), rtt = ?tunnel.rtt(), "tunnel up"
         );
         if lane == Lane::TcpWithoutQuic && self.core.registry.set_downgraded(&self.key, true) {
             tracing::warn!(%cluster, gateway, "QUIC does not get through to this gateway: TCP stands in for it");

@@ -16,17 +16,13 @@ use std::{
 use isthmus_model::{
     availability::Availability,
     ids::{ClusterName, ServiceName},
-    local::{self, TunnelState},
+    local::{Transport, TunnelState},
 };
 use serde::Serialize;
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    link::{Link, Transport},
-    outbox::Table,
-    stalled::Stalled,
-};
+use super::{link::Link, outbox::Table, stalled::Stalled};
 use crate::{availability::better_of_two, core::Core};
 
 /// Services of which one peer may speak; a bound on memory, as for exports.
@@ -59,8 +55,7 @@ pub(crate) struct Tunnel {
     goaway: AtomicBool,
     retired: CancellationToken,
     idle: Notify,
-    /// Packets sent and lost that were counted already.
-    counted: Mutex<(u64, u64)>,
+    packets: Mutex<Packets>,
 }
 
 /// Who made a link.
@@ -94,7 +89,7 @@ impl Tunnel {
             goaway: AtomicBool::new(false),
             retired: CancellationToken::new(),
             idle: Notify::new(),
-            counted: Mutex::default(),
+            packets: Mutex::default(),
         }
     }
 
@@ -140,12 +135,26 @@ impl Tunnel {
         }
     }
 
-    /// Packets sent and lost since the last call.
+    /// Packets sent and lost since the last call. To be called in regular intervals.
     pub(crate) fn count_packets(&self) -> (u64, u64) {
         let path = self.link.path();
-        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut *counted, (path.sent, path.lost));
-        (path.sent.saturating_sub(before.0), path.lost.saturating_sub(before.1))
+        let mut packets = self.packets();
+        let (sent, lost) = (path.sent.saturating_sub(packets.counted.0), path.lost.saturating_sub(packets.counted.1));
+        packets.counted = (path.sent, path.lost);
+        packets.sent_of_late = packets.sent_of_late * Packets::MEMORY + sent as f64;
+        packets.lost_of_late = packets.lost_of_late * Packets::MEMORY + lost as f64;
+        (sent, lost)
+    }
+
+    /// Lost packets per million sent, of late.
+    pub(crate) fn loss_ppm(&self) -> u32 {
+        let packets = self.packets();
+        let share = packets.lost_of_late / packets.sent_of_late.max(1.0);
+        (share.clamp(0.0, 1.0) * 1e6) as u32
+    }
+
+    fn packets(&self) -> MutexGuard<'_, Packets> {
+        self.packets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn is_going(&self) -> bool {
@@ -164,6 +173,20 @@ impl Tunnel {
         let load = u64::from(self.load.load(Ordering::Relaxed));
         (self.is_suspect() || load >= 1_000, rtt.saturating_mul(open + 1).saturating_mul(load + 1_000))
     }
+}
+
+/// What a tunnel's transport has said of its packets.
+#[derive(Debug, Default)]
+struct Packets {
+    counted: (u64, u64),
+    /// The same with the past fading away.
+    sent_of_late: f64,
+    lost_of_late: f64,
+}
+
+impl Packets {
+    /// Per call, ten a second: half is forgotten in seven seconds.
+    const MEMORY: f64 = 0.99;
 }
 
 /// One open stream of a tunnel.
@@ -284,6 +307,8 @@ pub struct TunnelInfo {
     pub packets_sent: u64,
     /// See above.
     pub packets_lost: u64,
+    /// The most that one of them has lost of late, per million sent.
+    pub loss_ppm: u32,
     /// Congestion windows together, in bytes (QUIC).
     pub congestion_window: u64,
     /// How full it says it is, in permille.
@@ -411,8 +436,9 @@ impl Registry {
     /// The better of two working tunnels to `cluster`, of those not `tried`. In this order: draining ones, gateways that
     /// failed already, and links that the peer dialled only if there is nothing better.
     pub(crate) fn pick(&self, cluster: &ClusterName, tried: &[Tried]) -> Option<Arc<Tunnel>> {
-        let out =
-            |t: &Tunnel| tried.iter().any(|x| x.tunnel.id == t.id || (x.refused && x.tunnel.gateway == t.gateway));
+        let tried: Vec<&Tried> = tried.iter().filter(|x| x.tunnel.cluster == *cluster).collect();
+        let same = |x: &Tried, t: &Tunnel| x.tunnel.id == t.id || (x.refused && x.tunnel.gateway == t.gateway);
+        let out = |t: &Tunnel| tried.iter().any(|x| same(x, t));
         let up: Vec<Arc<Tunnel>> = of_cluster(&self.lock(), cluster)
             .flat_map(|peer| &peer.words)
             .map(|word| &word.tunnel)
@@ -480,20 +506,9 @@ impl Registry {
             gateway: info.gateway,
             up: info.up && !info.draining,
             rtt_us: info.rtt_us,
-            transport: match info.transport {
-                Some(Transport::Tcp) => local::Transport::Tcp,
-                None if info.downgraded => local::Transport::Tcp,
-                Some(Transport::Quic) | None => local::Transport::Quic,
-            },
+            transport: info.transport.unwrap_or_default(),
             downgraded: info.downgraded,
-            // Over the links' lives; an upper bound of a million fits.
-            loss_ppm: info
-                .packets_lost
-                .min(info.packets_sent)
-                .saturating_mul(1_000_000)
-                .checked_div(info.packets_sent)
-                .and_then(|ppm| u32::try_from(ppm).ok())
-                .unwrap_or_default(),
+            loss_ppm: info.loss_ppm,
             cwnd_bytes: info.congestion_window,
         };
         self.infos().into_iter().map(state).collect()
@@ -520,6 +535,7 @@ impl Registry {
                 rtt_us: first.map(|t| t.rtt_us.load(Ordering::Relaxed)).unwrap_or_default(),
                 packets_sent: paths.iter().map(|p| p.sent).sum(),
                 packets_lost: paths.iter().map(|p| p.lost).sum(),
+                loss_ppm: tunnels.iter().map(|t| t.loss_ppm()).max().unwrap_or_default(),
                 congestion_window: paths.iter().map(|p| p.window).sum(),
                 load_permille: first.map(|t| t.load.load(Ordering::Relaxed)).unwrap_or_default(),
                 open_streams: tunnels.iter().map(|t| t.open.load(Ordering::Relaxed)).sum(),

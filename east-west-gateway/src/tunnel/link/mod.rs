@@ -12,9 +12,9 @@ use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use isthmus_model::local::Transport;
 use quinn::VarInt;
 use rustls::pki_types::CertificateDer;
-use serde::Serialize;
 
 use super::Close;
 
@@ -23,23 +23,11 @@ pub(crate) const RESET: VarInt = VarInt::from_u32(1);
 /// Chunks gathered at a time.
 const BATCH: usize = 32;
 
-/// What carries a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub enum Transport {
-    /// QUIC over UDP.
-    Quic,
-    /// TLS over TCP, one connection per stream.
-    Tcp,
-}
-
-impl Transport {
-    /// As logs and metrics say it.
-    pub(crate) fn label(self) -> &'static str {
-        match self {
-            Self::Quic => "quic",
-            Self::Tcp => "tcp",
-        }
+/// As logs and metrics say it.
+pub(crate) fn label(transport: Transport) -> &'static str {
+    match transport {
+        Transport::Quic => "quic",
+        Transport::Tcp => "tcp",
     }
 }
 
