@@ -6,16 +6,14 @@
 
 use std::{sync::Arc, time::Instant};
 
-use isthmus_api::{
-    convert::own_availability,
-    proto::tunnel::v1::{ControlFrame, ControlHello, Goaway, Ping, control_frame::Kind},
-};
-use isthmus_model::ids::{ServiceName, check_label};
+use isthmus_api::proto::tunnel::v1::{ControlFrame, ControlHello, Goaway, Ping, control_frame::Kind};
+use isthmus_model::ids::check_label;
 use quinn::{Connection, SendStream};
 use tokio::time;
 
 use super::{
     Close, VERSION,
+    inbox::Word,
     liveness::{Action, Liveness, Rhythm},
     outbox::Outbox,
     registry::Tunnel,
@@ -198,10 +196,8 @@ impl Running<'_> {
     }
 
     fn heard(&self, tunnel: &Tunnel, update: isthmus_api::proto::tunnel::v1::AvailabilityUpdate) -> Result<(), Close> {
-        let services = update.services.into_iter().map(own_availability).collect::<Result<_, _>>();
-        let removed = update.removed.into_iter().map(ServiceName::try_from).collect::<Result<Vec<_>, _>>();
-        let (Ok(services), Ok(removed)) = (services, removed) else { return Err(Close::Protocol) };
-        if !self.core.registry.heard(tunnel, update.snapshot, services, &removed) {
+        let word = Word::try_from(update).map_err(|_| Close::Protocol)?;
+        if !self.core.registry.heard(tunnel, word) {
             return Err(Close::Protocol);
         }
         self.core.refresh(&tunnel.cluster);

@@ -9,6 +9,7 @@
 pub(crate) mod accept;
 pub(crate) mod control;
 pub(crate) mod endpoint;
+pub(crate) mod inbox;
 pub(crate) mod liveness;
 pub(crate) mod outbox;
 pub(crate) mod peers;

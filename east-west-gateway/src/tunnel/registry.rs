@@ -14,7 +14,6 @@ use std::{
 };
 
 use isthmus_model::{
-    availability::Availability,
     ids::{ClusterName, ServiceName},
     local::TunnelState,
 };
@@ -22,11 +21,11 @@ use serde::Serialize;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use super::outbox::Table;
+use super::{
+    inbox::{MAX_SERVICES, Word},
+    outbox::Table,
+};
 use crate::availability::better_of_two;
-
-/// Services of which one peer may speak; a bound on memory, as for exports.
-const MAX_SERVICES: usize = 10_000;
 
 /// One gateway of another cluster.
 pub(crate) type PeerKey = (ClusterName, String);
@@ -224,26 +223,13 @@ impl Registry {
     }
 
     /// The peer speaks of its cluster. False if it says more than is allowed.
-    pub(crate) fn heard(
-        &self,
-        tunnel: &Tunnel,
-        snapshot: bool,
-        services: Vec<(ServiceName, Availability)>,
-        removed: &[ServiceName],
-    ) -> bool {
+    pub(crate) fn heard(&self, tunnel: &Tunnel, word: Word) -> bool {
         let mut peers = self.lock();
         let Some(peer) = peers.get_mut(&key_of(tunnel)) else { return true };
         if peer.tunnel.as_ref().is_none_or(|t| t.id != tunnel.id) {
             return true;
         }
-        if snapshot {
-            peer.table.clear();
-        }
-        peer.table.extend(services);
-        for service in removed {
-            peer.table.remove(service);
-        }
-        peer.table.len() <= MAX_SERVICES
+        word.apply(&mut peer.table, MAX_SERVICES)
     }
 
     /// The better of two working tunnels to `cluster`, of those not `tried`. A draining one only if there is no other.
