@@ -211,9 +211,21 @@ fn device(namespace: &Namespace, address: Ipv4Addr, congestion: &str) -> anyhow:
         device.set_nonblocking(true).context("set the TUN device to non-blocking")?;
         Ok(device)
     })?;
-    // By route: the namespace's own default may only be what the whole machine allows.
-    let network = format!("{}/30", Ipv4Addr::from_bits(address.to_bits() & !3));
-    netns::ip(&["-n", namespace.name(), "route", "change", &network, "dev", DEVICE, "congctl", congestion])
-        .with_context(|| format!("set TCP's congestion control to {congestion}"))?;
+    tune_routes(namespace, congestion).with_context(|| format!("set TCP's congestion control to {congestion}"))?;
     Ok(device)
+}
+
+/// Sets TCP's congestion control on every route there is, loopback's too. A namespace's own default would be simpler, but it may
+/// only be what the whole machine allows.
+fn tune_routes(namespace: &Namespace, congestion: &str) -> anyhow::Result<()> {
+    for table in ["main", "local"] {
+        let routes = netns::ip(&["-n", namespace.name(), "-4", "route", "show", "table", table])?;
+        for route in routes.lines().filter(|route| !route.starts_with("broadcast")) {
+            let mut arguments = vec!["-n", namespace.name(), "route", "change"];
+            arguments.extend(route.split_whitespace());
+            arguments.extend(["table", table, "congctl", congestion]);
+            netns::ip(&arguments)?;
+        }
+    }
+    Ok(())
 }

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::ErrorKind,
-    net::UdpSocket,
+    net::{Ipv4Addr, TcpListener, TcpStream, UdpSocket},
     process::{Command, Stdio},
     time::{Duration, Instant},
 };
@@ -96,6 +96,27 @@ async fn commands_run_inside_and_reach_only_the_other_side() {
     let inside = link.spawn(Side::A, || UdpSocket::bind("0.0.0.0:0").unwrap().connect("192.0.2.1:9")).unwrap();
     let error = inside.join().unwrap().unwrap().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NetworkUnreachable);
+}
+
+#[tokio::test]
+async fn tcp_keeps_to_the_congestion_control_asked_for_on_the_link_and_on_loopback() {
+    // No machine's default.
+    let congestion = "reno".to_owned();
+    let link = Link::start_with(NEAR, Options { congestion, ..Options::default() }).unwrap();
+    let [_, far] = link.addresses();
+    let mut open = Vec::new();
+    for (from, address) in [(Side::A, far), (Side::B, far), (Side::B, Ipv4Addr::LOCALHOST.into())] {
+        let listen = link.spawn(Side::B, move || TcpListener::bind((address, 0)).unwrap()).unwrap();
+        let listener = listen.join().unwrap().unwrap();
+        let to = listener.local_addr().unwrap();
+        let client = link.spawn(from, move || TcpStream::connect(to).unwrap()).unwrap().join().unwrap().unwrap();
+        open.push((client, listener.accept().unwrap()));
+    }
+    for (side, sockets) in [(Side::A, 1), (Side::B, 5)] {
+        let output = link.command(side, "ss").args(["-tinH", "state", "established"]).output().await.unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(text.split_whitespace().filter(|word| *word == "reno").count(), sockets, "{side:?}:\n{text}");
+    }
 }
 
 #[tokio::test]
