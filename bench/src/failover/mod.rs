@@ -22,6 +22,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use isthmus_e2e::federation::process::Binaries;
 
 use self::{
     fault::{Fault, Scope},
@@ -31,6 +32,7 @@ use self::{
     rival::Rival,
     rival_config::Tuning,
 };
+use crate::report::machine::Machine;
 
 /// Options.
 #[derive(Clone, Debug, clap::Args)]
@@ -44,7 +46,8 @@ pub struct Args {
     /// Only faults of this extent
     #[arg(long, value_enum)]
     scope: Option<Scope>,
-    /// Only these systems: ours, istio, istio-h2, tuned (istio-h2 is left out unless it is named)
+    /// Only these systems: ours, istio (its defaults), istio-100 (but may eject every gateway), tuned (as an expert would),
+    /// istio-h2 (its defaults, HTTP/2 between sidecars). Default: ours, istio, and without --quick also istio-100, tuned
     #[arg(long, value_delimiter = ',')]
     systems: Vec<String>,
     /// How many rounds; 1 with --quick, else 3
@@ -60,6 +63,10 @@ const OURS: &str = "ours";
 /// What the ratio is to.
 const RIVAL: &str = "istio";
 
+/// Taken without being asked for.
+const SYSTEMS: [&str; 4] = [OURS, RIVAL, "istio-100", "tuned"];
+const QUICK_SYSTEMS: [&str; 2] = [OURS, RIVAL];
+
 /// The rival's rows, the one that counts first.
 fn rows() -> Vec<(&'static str, Tuning)> {
     let istio = Tuning {
@@ -67,6 +74,7 @@ fn rows() -> Vec<(&'static str, Tuning)> {
         pings: None,
         connect_timeout: Duration::from_secs(10),
         interval: Duration::from_secs(10),
+        // Of four gateways that is none, so that Envoy ejects nothing here; hence the next row.
         max_ejection_percent: 10,
         expert_retries: false,
     };
@@ -79,20 +87,29 @@ fn rows() -> Vec<(&'static str, Tuning)> {
         max_ejection_percent: 100,
         expert_retries: true,
     };
-    vec![(RIVAL, istio.clone()), ("istio-h2", Tuning { http2: true, ..istio }), ("tuned", tuned)]
+    vec![
+        (RIVAL, istio.clone()),
+        ("istio-100", Tuning { max_ejection_percent: 100, ..istio.clone() }),
+        ("tuned", tuned),
+        ("istio-h2", Tuning { http2: true, ..istio }),
+    ]
 }
 
 /// Runs it.
 pub async fn run(args: Args) -> anyhow::Result<()> {
     if !netns::inside() {
-        let status = netns::enter().await?;
+        let Some(status) = netns::enter().await? else {
+            println!("\nInterrupted; everything is stopped.");
+            std::process::exit(130);
+        };
         std::process::exit(status.code().unwrap_or(1));
     }
     netns::set_up().await?;
     let dir = args.out.join("failover");
     std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let dir = dir.canonicalize().with_context(|| format!("resolve {}", dir.display()))?;
-    let contenders = contenders(&args.systems)?;
+    let contenders = contenders(&args)?;
+    Machine::here(&Binaries::find()?.envoy).record(&args.out, "failover")?;
     let mut field = set_the_field(&dir).await?;
     let mut results = Results::default();
     let played = play(&args, &contenders, &mut field, &mut results).await;
@@ -174,16 +191,18 @@ async fn play(
 }
 
 /// By name, in the order in which they take turns.
-fn contenders(asked: &[String]) -> anyhow::Result<Vec<(&'static str, Contender)>> {
+fn contenders(args: &Args) -> anyhow::Result<Vec<(&'static str, Contender)>> {
     let rivals = rows().into_iter().enumerate().map(|(row, (name, _))| (name, Contender::Rival(row)));
     let all: Vec<_> = std::iter::once((OURS, Contender::Ours)).chain(rivals).collect();
-    for name in asked {
+    let unasked: &[&str] = if args.quick { &QUICK_SYSTEMS } else { &SYSTEMS };
+    let asked: Vec<&str> = args.systems.iter().map(String::as_str).collect();
+    let asked = if asked.is_empty() { unasked.to_vec() } else { asked };
+    for name in &asked {
         ensure!(
             all.iter().any(|(known, _)| known == name),
             "there is no system {name}: {}",
             all.iter().map(|(known, _)| *known).collect::<Vec<_>>().join(", ")
         );
     }
-    let chosen = |name: &str| if asked.is_empty() { name != "istio-h2" } else { asked.iter().any(|a| a == name) };
-    Ok(all.into_iter().filter(|(name, _)| chosen(name)).collect())
+    Ok(all.into_iter().filter(|(name, _)| asked.contains(name)).collect())
 }

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use tokio::{
     io::AsyncWriteExt,
     process::Command,
@@ -31,8 +31,8 @@ pub(super) fn inside() -> bool {
     std::env::var_os(INSIDE).is_some()
 }
 
-/// Runs this program again, with the same arguments, in fresh namespaces; returns how it ended.
-pub(super) async fn enter() -> anyhow::Result<ExitStatus> {
+/// Runs this program again, with the same arguments, in fresh namespaces; returns how it ended, or none if a signal ended it.
+pub(super) async fn enter() -> anyhow::Result<Option<ExitStatus>> {
     let this = std::env::current_exe().context("find the running program")?;
     let root = std::fs::metadata("/proc/self").context("look at /proc/self")?.uid() == 0;
     let mut command = Command::new("setpriv");
@@ -51,9 +51,10 @@ pub(super) async fn enter() -> anyhow::Result<ExitStatus> {
     let mut int = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let mut term = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     tokio::select! {
-        status = child.wait() => status.context("wait for the run inside"),
-        _ = int.recv() => bail!("interrupted; everything is stopped"),
-        _ = term.recv() => bail!("terminated; everything is stopped"),
+        status = child.wait() => Ok(Some(status.context("wait for the run inside")?)),
+        // Dropping the child ends it, and with it all that lives in the process namespace.
+        _ = int.recv() => Ok(None),
+        _ = term.recv() => Ok(None),
     }
 }
 

@@ -35,7 +35,7 @@ use self::{
 };
 use crate::{
     load,
-    report::{Row, json, machine, table},
+    report::{Row, json, machine::Machine, table},
     wan::{Link, Path},
 };
 
@@ -117,7 +117,7 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
     let plan = plan(args, &systems, &mut samples);
     let wanted = |section| args.only.is_empty() || args.only.contains(&section);
     let envoy = envoy::find(isthmus_e2e::federation::repository())?;
-    machine::record(&args.out, "gateway", &envoy)?;
+    let machine = Machine::here(&envoy);
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     println!("Envoy with --concurrency {workers}, our gateways with {workers} worker threads");
 
@@ -165,6 +165,8 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
         session.prove().await?;
         session.stop().await?;
     }
+    // With the results: a run that was cut short leaves the files of the one before together.
+    machine.record(&args.out, "gateway")?;
     report(args, &systems, &samples)
 }
 

@@ -35,18 +35,19 @@ pub(crate) struct Machine {
     pub(crate) command: Vec<String>,
 }
 
-/// Reads the machine and writes it as `<benchmark>-machine.json` into `folder`.
-pub(crate) fn record(folder: &Path, benchmark: &str, envoy: &Path) -> anyhow::Result<()> {
-    json::write(&folder.join(file(benchmark)), &Machine::here(envoy))
-}
-
-/// The name of that file.
+/// The name of the file beside a benchmark's results.
 pub(crate) fn file(benchmark: &str) -> String {
     format!("{benchmark}-machine.json")
 }
 
 impl Machine {
-    fn here(envoy: &Path) -> Self {
+    /// Writes it beside the benchmark's results.
+    pub(crate) fn record(&self, folder: &Path, benchmark: &str) -> anyhow::Result<()> {
+        json::write(&folder.join(file(benchmark)), self)
+    }
+
+    /// As it is now. Envoy is asked for its version.
+    pub(crate) fn here(envoy: &Path) -> Self {
         let (cpu, memory) = (read("/proc/cpuinfo"), read("/proc/meminfo"));
         let field = |text: &str, name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name)?.split_once(':'));
@@ -70,9 +71,10 @@ impl Machine {
     }
 }
 
-/// From `envoy  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`.
+/// From `<path>  version: <commit>/1.40.0/Clean/RELEASE/BoringSSL`.
 fn envoy_version(text: &str) -> String {
-    text.split('/').nth(1).unwrap_or_default().to_owned()
+    let version = text.split_once("version: ").and_then(|(_, version)| version.split('/').nth(1));
+    version.unwrap_or_default().to_owned()
 }
 
 fn isthmus_version() -> String {
@@ -100,7 +102,7 @@ mod tests {
 
     #[test]
     fn the_version_is_found_in_what_envoy_says() {
-        let text = "envoy  version: 2f8f5cd0/1.40.0/Clean/RELEASE/BoringSSL";
+        let text = "/opt/envoy/bin/envoy  version: 2f8f5cd0/1.40.0/Clean/RELEASE/BoringSSL";
         assert_eq!(envoy_version(text), "1.40.0");
         assert_eq!(envoy_version(""), "");
     }
@@ -108,7 +110,7 @@ mod tests {
     #[test]
     fn a_record_is_read_back_and_a_missing_envoy_leaves_its_version_empty() {
         let folder = std::env::temp_dir().join(format!("isthmus-bench-machine-{}", std::process::id()));
-        record(&folder, "gateway", Path::new("/nowhere/envoy")).unwrap();
+        Machine::here(Path::new("/nowhere/envoy")).record(&folder, "gateway").unwrap();
         let text = fs::read_to_string(folder.join("gateway-machine.json")).unwrap();
         fs::remove_dir_all(&folder).unwrap();
         let machine: Machine = serde_json::from_str(&text).unwrap();

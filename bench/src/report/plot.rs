@@ -45,7 +45,7 @@ pub(crate) struct System {
 
 /// In the order in which they are shown. Ours are cold, Envoy's are warm, what is no rival is grey; all of a lightness that stands
 /// out from white and from black.
-const SYSTEMS: [System; 10] = [
+const SYSTEMS: [System; 11] = [
     System { name: "raw", title: "raw TCP", colour: "#8b949e" },
     System { name: "envoy-sni", title: "Envoy SNI", colour: "#b08d57" },
     System { name: "envoy-h2", title: "Envoy H2", colour: "#e0762b" },
@@ -54,7 +54,8 @@ const SYSTEMS: [System; 10] = [
     System { name: "ours-tcp", title: "ours TCP", colour: "#1fa38c" },
     System { name: "ours", title: "ours", colour: "#3d8bfd" },
     System { name: "istio", title: "Envoy, Istio's defaults", colour: "#e0762b" },
-    System { name: "istio-h2", title: "Envoy, the same, HTTP/2", colour: "#d6589f" },
+    System { name: "istio-100", title: "the same, may eject all", colour: "#d6589f" },
+    System { name: "istio-h2", title: "the same, HTTP/2", colour: "#9b7fd4" },
     System { name: "tuned", title: "Envoy, tuned", colour: "#b08d57" },
 ];
 

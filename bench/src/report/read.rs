@@ -75,6 +75,11 @@ pub(crate) struct Verdict {
 }
 
 impl Series {
+    /// Why there is no median of a system.
+    pub(crate) fn absence(&self, system: &str) -> &'static str {
+        if self.rounds.contains_key(system) { "failed" } else { "–" }
+    }
+
     /// Of all rounds; `None` if one of them measured nothing.
     pub(crate) fn median(&self, system: &str) -> Option<f64> {
         stats::median(&self.values(system)?)

@@ -85,7 +85,6 @@ pub(crate) struct Link {
     addresses: [IpAddr; 2],
 }
 
-#[allow(dead_code, reason = "the benchmarks take what they need")]
 impl Link {
     /// Brings a link up; blocks for some tens of milliseconds. Removes what killed runs have left behind.
     pub(crate) fn start(path: Path) -> anyhow::Result<Self> {

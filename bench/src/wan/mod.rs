@@ -22,7 +22,6 @@ use std::{str::FromStr, time::Duration};
 
 use anyhow::{Context, bail, ensure};
 
-#[allow(unused_imports, reason = "the benchmarks take what they need")]
 pub(crate) use self::{
     forward::QUEUE_PACKETS,
     link::{Link, MTU, Options, Path, Side, Stats},
@@ -84,18 +83,29 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     println!("Run programs on either side, for example:");
     println!("  ip netns exec {far} python3 -m http.server --bind {far_address} 8080");
     println!("  ip netns exec {near} curl -s -o /dev/null -w '%{{time_total}}\\n' http://{far_address}:8080/");
+    println!("`kill -USR1 {}` makes it swallow every packet, and again to pass them.", std::process::id());
     println!("Ctrl-C takes it away, with everything that runs in it.");
-    stop_signal().await?;
+    until_stopped(&link).await?;
     println!("\n{}", link.stats());
     Ok(())
 }
 
-async fn stop_signal() -> anyhow::Result<()> {
+/// Until Ctrl-C or SIGTERM; SIGUSR1 opens and closes the black hole.
+async fn until_stopped(link: &Link) -> anyhow::Result<()> {
     use tokio::signal::unix::{SignalKind, signal};
 
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("listen for Ctrl-C"),
-        _ = terminate.recv() => Ok(()),
+    let mut toggle = signal(SignalKind::user_defined1()).context("listen for SIGUSR1")?;
+    let mut open = false;
+    loop {
+        tokio::select! {
+            interrupt = tokio::signal::ctrl_c() => return interrupt.context("listen for Ctrl-C"),
+            _ = terminate.recv() => return Ok(()),
+            _ = toggle.recv() => {
+                open = !open;
+                link.blackhole(open);
+                println!("{}", if open { "Every packet is swallowed now." } else { "Packets pass again." });
+            }
+        }
     }
 }

@@ -141,16 +141,25 @@ async fn dropping_the_link_removes_all_of_it_with_what_runs_inside() {
 
 #[test]
 fn what_a_killed_run_left_is_removed_by_the_next_and_nothing_else_is() {
-    let mut gone = Command::new("true").spawn().unwrap();
+    let [mut gone, mut dead] = [(), ()].map(|()| Command::new("true").stdout(Stdio::piped()).spawn().unwrap());
     gone.wait().unwrap();
-    let [left, live] = [gone.id(), 1].map(|owner| format!("isthmus-wan-{owner}-0-test{}", std::process::id()));
-    for name in [&left, &live] {
+    // Its end of the pipe closes when it ends; nobody has collected it then.
+    std::io::copy(dead.stdout.as_mut().unwrap(), &mut std::io::sink()).unwrap();
+    let name = |owner: u32| format!("isthmus-wan-{owner}-0-test{}", std::process::id());
+    let names = [gone.id(), dead.id(), 1].map(name);
+    for name in &names {
         ip(&["netns", "add", name]).unwrap();
     }
+    let zombie = format!("/proc/{}/stat", dead.id());
+    let patience = Instant::now() + Duration::from_secs(10);
+    while !fs::read_to_string(&zombie).unwrap().contains(") Z ") && Instant::now() < patience {
+        std::thread::yield_now();
+    }
     drop(Link::start(NEAR).unwrap());
-    let there = [&left, &live].map(|name| fs::exists(format!("/run/netns/{name}")).unwrap());
-    ip(&["netns", "delete", &live]).unwrap();
-    assert_eq!(there, [false, true], "{left}, {live}");
+    dead.wait().unwrap();
+    let there = names.each_ref().map(|name| fs::exists(format!("/run/netns/{name}")).unwrap());
+    ip(&["netns", "delete", &names[2]]).unwrap();
+    assert_eq!(there, [false, false, true], "{names:?}");
 }
 
 #[test]

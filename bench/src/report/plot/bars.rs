@@ -16,8 +16,8 @@ const VALUES: f64 = 86.0;
 #[derive(Debug)]
 pub(super) struct Panel {
     pub(super) name: String,
-    /// By system; `None` where nothing was measured.
-    pub(super) bars: Vec<Option<Bar>>,
+    /// By system; where there is none, a word on why.
+    pub(super) bars: Vec<Result<Bar, &'static str>>,
 }
 
 /// One system's amount.
@@ -49,7 +49,7 @@ pub(super) fn draw(
     let longest = |panels: &[Panel], all: bool| {
         let of = |panel: &Panel| {
             let counted = systems.iter().zip(&panel.bars).filter(|(system, _)| all || !orientation(system));
-            counted.filter_map(|(_, bar)| Some(bar.as_ref()?.span.1)).fold(0.0, f64::max)
+            counted.filter_map(|(_, bar)| Some(bar.as_ref().ok()?.span.1)).fold(0.0, f64::max)
         };
         panels.iter().map(of).fold(0.0, f64::max)
     };
@@ -65,8 +65,8 @@ pub(super) fn draw(
             let scale = if compared > 0.0 { compared } else { longest(panels, true) };
             for (index, (system, bar)) in systems.iter().zip(&panel.bars).enumerate() {
                 match bar {
-                    Some(bar) => one(svg, area, area.row(index), (bar, scale), system.colour),
-                    None => svg.text((area.left + 4.0, area.row(index) + 4.0), Anchor::Start, SMALL, "–"),
+                    Ok(bar) => one(svg, area, area.row(index), (bar, scale), system.colour),
+                    Err(why) => svg.text((area.left + 4.0, area.row(index) + 4.0), Anchor::Start, SMALL, why),
                 }
             }
             svg.line((area.left, area.top), (area.left, area.top + area.height), ("#7a838c", 1.0), 0.6);

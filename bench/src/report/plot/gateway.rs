@@ -157,7 +157,8 @@ impl<'a> Page<'a> {
             }
         }
         let own = if scale == Scale::Own { "; each panel has its own scale" } else { "" };
-        let subtitle = format!("medians of {}; a thin line shows their spread{own}", self.rounds());
+        let spread = if self.rounds() > 1 { "; a thin line shows their spread" } else { "" };
+        let subtitle = format!("{}{spread}{own}", self.values());
         let draw = || bars::draw((self.figure.title, &subtitle), &self.shown, &bands, scale, |s| s.name == "raw");
         (!bands.is_empty()).then(draw)
     }
@@ -174,7 +175,7 @@ impl<'a> Page<'a> {
             }
         }
         let marks = "dot: p50, block with its value: p99, right end: p99.9 where measured";
-        let subtitle = format!("{marks}; medians of {}", self.rounds());
+        let subtitle = format!("{marks}; {}", self.values());
         (!bands.is_empty()).then(|| ranges::draw((self.figure.title, &subtitle), &self.shown, &bands))
     }
 
@@ -184,7 +185,10 @@ impl<'a> Page<'a> {
             let (median, span) = (series.median(system.name)?, series.span(system.name)?);
             Some(Bar { median, span, text: format!("{} {}", unit.text(median), unit.name) })
         };
-        bars::Panel { name: circumstances(series), bars: self.shown.iter().map(bar).collect() }
+        bars::Panel {
+            name: circumstances(series),
+            bars: self.shown.iter().map(|s| bar(s).ok_or(series.absence(s.name))).collect(),
+        }
     }
 
     fn range_panel(&self, p50: &Series, prefix: &str) -> ranges::Panel {
@@ -200,7 +204,10 @@ impl<'a> Page<'a> {
                 p999: p999.and_then(|series| series.median(system.name)),
             })
         };
-        ranges::Panel { name: circumstances(p50), ranges: self.shown.iter().map(range).collect() }
+        ranges::Panel {
+            name: circumstances(p50),
+            ranges: self.shown.iter().map(|s| range(s).ok_or(p50.absence(s.name))).collect(),
+        }
     }
 
     fn group(&self) -> impl Iterator<Item = &'a Series> + use<'a> {
@@ -208,10 +215,17 @@ impl<'a> Page<'a> {
         self.measured.metrics.iter().filter(move |series| series.group == group)
     }
 
-    fn rounds(&self) -> String {
-        let most = self.measured.metrics.iter().map(Series::rounds).max().unwrap_or_default();
-        let rough = if self.measured.quick { ", a rough run" } else { "" };
-        if most == 1 { format!("one round{rough}") } else { format!("{most} rounds{rough}") }
+    fn rounds(&self) -> usize {
+        self.measured.metrics.iter().map(Series::rounds).max().unwrap_or_default()
+    }
+
+    /// What is shown of the rounds.
+    fn values(&self) -> String {
+        let rough = if self.measured.quick { " of a rough run" } else { "" };
+        match self.rounds() {
+            1 => format!("one round{rough}"),
+            many => format!("medians of {many} rounds{rough}"),
+        }
     }
 }
 

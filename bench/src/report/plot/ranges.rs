@@ -14,8 +14,8 @@ const TICKS: [f64; 3] = [1.0, 2.0, 5.0];
 #[derive(Debug)]
 pub(super) struct Panel {
     pub(super) name: String,
-    /// By system; `None` where nothing was measured.
-    pub(super) ranges: Vec<Option<Range>>,
+    /// By system; where there is none, a word on why.
+    pub(super) ranges: Vec<Result<Range, &'static str>>,
 }
 
 /// One system's latency, in microseconds.
@@ -54,8 +54,8 @@ pub(super) fn draw(titles: (&str, &str), systems: &[System], bands: &[Band<Panel
             axis.draw(svg, area);
             for (index, (system, range)) in systems.iter().zip(&panel.ranges).enumerate() {
                 match range {
-                    Some(range) => one(svg, area, area.row(index), (*range, &axis), system.colour),
-                    None => svg.text((area.left + 4.0, area.row(index) + 4.0), Anchor::Start, SMALL, "–"),
+                    Ok(range) => one(svg, area, area.row(index), (*range, &axis), system.colour),
+                    Err(why) => svg.text((area.left + 4.0, area.row(index) + 4.0), Anchor::Start, SMALL, why),
                 }
             }
         },
