@@ -83,7 +83,8 @@ impl Stream {
         // Held until the stream has ended.
         let slot = core.stream_slots.clone().try_acquire_owned();
         let placed = match &slot {
-            Ok(_) => place(&core, peer, &mut reader, &send, &mut access).await,
+            // Boxed, as what else is over soon: it takes much more memory than the carrying.
+            Ok(_) => Box::pin(place(&core, peer, &mut reader, &send, &mut access)).await,
             Err(_) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
         };
         let (mut recv, _) = reader.into_parts();
@@ -91,7 +92,7 @@ impl Stream {
             Ok(answered) => {
                 let guard = core.metrics.stream(Direction::Egress);
                 access.accepted();
-                if accept(&mut send, answered.first.clone()).await.is_err() {
+                if Box::pin(accept(&mut send, answered.first.clone())).await.is_err() {
                     link::reset(&mut send, &mut recv);
                     splice::abort(&answered.tcp);
                     return access.finish(&core, None);
@@ -118,7 +119,7 @@ impl Stream {
                 core.metrics.reject(label(refusal.reason));
                 access.failed(label(refusal.reason));
                 access.finish(&core, None);
-                refuse(&mut send, &mut recv, &refusal).await;
+                Box::pin(refuse(&mut send, &mut recv, &refusal)).await;
             }
         }
         drop((slot, token));

@@ -69,7 +69,8 @@ impl Local {
         let core = self.core.clone();
         let mut access = Access::new(Direction::Ingress, core.cluster.clone(), core.cluster.clone(), began);
         splice::prepare(&self.tcp);
-        let (hello, route, plan) = match self.route(&mut access).await {
+        // What comes before the carrying is boxed, here and below: it takes much more memory, and only for a moment.
+        let (hello, route, plan) = match Box::pin(self.route(&mut access)).await {
             Ok(routed) => routed,
             Err(refused) => {
                 core.metrics.reject(refused.label());
@@ -80,7 +81,7 @@ impl Local {
         };
         drop(pending);
         let placing = place::Placing { core: &core, client: &self.tcp, route: &route, hello: &hello };
-        match placing.place(plan, &mut access).await {
+        match Box::pin(placing.place(plan, &mut access)).await {
             Ok(placed) => self.carry(placed, hello.len(), access).await,
             Err(why) => {
                 if why != Unplaced::ClientGone {
