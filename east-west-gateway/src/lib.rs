@@ -17,6 +17,9 @@ mod debug;
 mod egress;
 mod feed;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod hello;
 mod ingress;
 mod metrics;
@@ -24,7 +27,7 @@ mod observed;
 mod serve;
 mod splice;
 mod standing;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod testkit;
 #[cfg(test)]
 mod tests;
