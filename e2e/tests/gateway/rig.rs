@@ -279,7 +279,7 @@ impl Facts {
             conflicts: Vec::new(),
         };
         let cluster = |(i, (name, gateways)): (usize, (&String, &BTreeMap<String, SocketAddr>))| {
-            let address = |(name, at): (&String, &SocketAddr)| GatewayAddress { name: name.clone(), tunnel: *at };
+            let address = |(name, at): (&String, &SocketAddr)| GatewayAddress { name: name.clone(), tunnel: Some(*at) };
             let info = ClusterInfo {
                 name: name.parse().unwrap(),
                 index: ClusterIndex(u16::try_from(i + 1).unwrap()),
