@@ -212,11 +212,18 @@ pub struct DrainConfig {
     /// Running connections may go on for so long, counted from the signal.
     #[serde(with = "humantime_serde")]
     pub deadline: Duration,
+    /// The same when a successor has taken over: nobody waits for this gateway's end, so they may take their time.
+    #[serde(with = "humantime_serde")]
+    pub handover_deadline: Duration,
 }
 
 impl Default for DrainConfig {
     fn default() -> Self {
-        Self { accept_for: Duration::from_secs(1), deadline: Duration::from_secs(10) }
+        Self {
+            accept_for: Duration::from_secs(1),
+            deadline: Duration::from_secs(10),
+            handover_deadline: Duration::from_secs(600),
+        }
     }
 }
 
@@ -299,11 +306,11 @@ impl Validate for Config {
         ] {
             check((1..=1_000_000).contains(&value), field, "use 1 to 1000000".to_owned());
         }
-        check(
-            self.drain.deadline >= self.drain.accept_for,
-            "drain.deadline",
-            "must not be shorter than drain.acceptFor".to_owned(),
-        );
+        for (field, deadline) in
+            [("drain.deadline", self.drain.deadline), ("drain.handoverDeadline", self.drain.handover_deadline)]
+        {
+            check(deadline >= self.drain.accept_for, field, "must not be shorter than drain.acceptFor".to_owned());
+        }
         check(self.access_log.sample_percent <= 100, "accessLog.samplePercent", "use 0 to 100".to_owned());
     }
 }

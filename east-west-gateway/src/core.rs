@@ -29,6 +29,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     availability::LocalPool,
     config::Config,
+    handover::{shelf::Shelf, steps::Steps},
     ingress::{budget::ReplayBudget, sources::Sources},
     metrics::Metrics,
     observed::Observed,
@@ -67,10 +68,16 @@ pub(crate) struct Core {
     pub(crate) draining: CancellationToken,
     /// Step two: no new connection or stream.
     pub(crate) closing: CancellationToken,
+    /// Step two for local sidecars, which a successor's listeners may serve before.
+    pub(crate) doors: CancellationToken,
     /// Step three: everything ends.
     pub(crate) stop: CancellationToken,
     /// Connections being carried; a drain waits for them.
     pub(crate) carried: TaskTracker,
+    /// What a handover adds to that.
+    pub(crate) steps: Steps,
+    /// What a successor is given.
+    pub(crate) shelf: Shelf,
     replays: Mutex<ReplayBudget>,
     ids: AtomicU64,
 }
@@ -83,12 +90,15 @@ pub(crate) struct Parts {
     pub(crate) view: watch::Receiver<Arc<View>>,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: Tasks,
+    pub(crate) steps: Steps,
+    pub(crate) shelf: Shelf,
 }
 
 impl Core {
     /// A core at rest.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { config, cluster, identity, view, metrics, tasks } = parts;
+        let Parts { config, cluster, identity, view, metrics, tasks, steps, shelf } = parts;
+        let closing = CancellationToken::new();
         let slots = |n: usize| Arc::new(Semaphore::new(n));
         let ingress = &config.ingress;
         let replays = ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, Instant::now());
@@ -104,7 +114,8 @@ impl Core {
             hello_slots: slots(ingress.max_pending_hellos),
             hello_sources: Arc::new(Sources::new(ingress.max_pending_hellos_per_source)),
             draining: CancellationToken::new(),
-            closing: CancellationToken::new(),
+            doors: closing.child_token(),
+            closing,
             stop: CancellationToken::new(),
             carried: TaskTracker::new(),
             replays: Mutex::new(replays),
@@ -115,6 +126,8 @@ impl Core {
             view,
             metrics,
             tasks,
+            steps,
+            shelf,
         }
     }
 
@@ -126,6 +139,14 @@ impl Core {
     /// Brings what is known of a remote cluster up to date.
     pub(crate) fn refresh(&self, cluster: &ClusterName) {
         self.observed.refresh(cluster, &self.current_view(), || self.registry.evidence(cluster));
+    }
+
+    /// Resolves when this gateway serves, with true; or when it stops before.
+    pub(crate) async fn opened(&self) -> bool {
+        tokio::select! {
+            () = self.steps.open.cancelled() => true,
+            () = self.stop.cancelled() => false,
+        }
     }
 
     /// A number that no other call gets.

@@ -160,6 +160,12 @@ impl Metrics {
         StreamGuard { gauge }
     }
 
+    /// How many were carried.
+    #[cfg(test)]
+    pub(crate) fn carried(&self, direction: Direction) -> u64 {
+        self.streams.get_or_create(&DirectionLabel { direction: direction.label() }).get()
+    }
+
     /// A carried connection ended.
     pub(crate) fn bytes(&self, direction: Direction, bytes: u64) {
         self.stream_bytes.get_or_create(&DirectionLabel { direction: direction.label() }).inc_by(bytes);

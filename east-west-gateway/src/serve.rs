@@ -1,8 +1,10 @@
 //! From a configuration to a running gateway, and its drain.
 //!
-//! Sockets are bound first, so that a taken port is an error at once; health is served before the gateway is enrolled.
+//! Sockets are bound first, or taken over from a running gateway, so that a taken port is an error at once; health is
+//! served before the gateway is enrolled. A gateway that takes over prepares everything and then waits for its
+//! predecessor's word ([`crate::handover`]).
 //! Drain: unready, agent and peers told; after a while no new connection; running ones finish until the deadline; then
-//! all is reset.
+//! all is reset. When a successor serves, the same without a word to the agent, and with more time.
 
 use std::{
     future::Future,
@@ -17,7 +19,7 @@ use isthmus_runtime::{
     BoxError,
     health::{self, Gate, HealthError, HealthListener, Readiness, Registry},
     net::{self, BindError},
-    tasks::{TaskError, Tasks},
+    tasks::{Shutdown, TaskError, Tasks},
 };
 use tokio::{net::TcpListener, sync::watch, time};
 
@@ -26,8 +28,16 @@ use crate::{
     core::{Core, Parts},
     debug::{self, Inspector},
     feed::{Agent, Feed, Given},
+    handover::{
+        self, predecessor,
+        shelf::{Role, Shelf},
+        socket::SharedSocket,
+        steps::Steps,
+        successor::{Successor, TakeOverError},
+    },
     ingress,
     metrics::Metrics,
+    standing::Part,
     tunnel::{
         accept,
         endpoint::{self, Identity},
@@ -40,6 +50,9 @@ use crate::{
 const FAREWELL: Duration = Duration::from_secs(1);
 /// On top of the drain's deadline, before tasks are aborted.
 const MARGIN: Duration = Duration::from_secs(3);
+/// For a successor to reach each of its peers before it takes over; those that do not answer must not hold it up.
+const REACH_PEERS: Duration = Duration::from_secs(5);
+const REACH_CHECK: Duration = Duration::from_millis(20);
 
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +66,9 @@ pub enum BuildError {
     /// A bound socket does not tell its address.
     #[error("read a bound socket's address")]
     Address(#[source] std::io::Error),
+    /// A gateway runs and could not be taken over.
+    #[error("take over from the running gateway")]
+    TakeOver(#[from] TakeOverError),
 }
 
 /// Why a gateway stopped other than by request.
@@ -71,14 +87,39 @@ pub struct Bound {
     auto_addr: SocketAddr,
     health: HealthListener,
     inspector: Inspector,
+    successor: Option<Successor>,
 }
 
 /// Binds everything that has a fixed address. Pinned ports come and go with the clusters.
 pub async fn build(config: Config, feed: Feed) -> Result<Bound, BuildError> {
-    let health = health::bind(config.listen.health).await?;
-    let tunnel = net::bind_udp(config.listen.tunnel, "listen.tunnel")?;
+    bind(config, feed, None).await
+}
+
+/// The same beside a gateway that runs with the same configuration: it gives its sockets, and goes on serving until
+/// [`Bound::run`] is ready to. Without one, this is [`build`].
+pub async fn take_over(config: Config, feed: Feed) -> Result<Bound, BuildError> {
+    let successor = Successor::ask(&config).await?;
+    bind(config, feed, successor).await
+}
+
+async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> Result<Bound, BuildError> {
+    let given = successor.as_ref().map(|s| s.given.clone()).unwrap_or_default();
+    let health = match given.tcp(&Role::Health, config.listen.health) {
+        Some(listener) => health::adopt(listener)?,
+        None => health::bind(config.listen.health).await?,
+    };
+    let tunnel = match given.udp(&Role::Tunnel, config.listen.tunnel) {
+        Some(socket) => {
+            successor.iter_mut().for_each(|s| s.shares_tunnel = true);
+            socket
+        }
+        None => net::bind_udp(config.listen.tunnel, "listen.tunnel")?,
+    };
     let auto = SocketAddr::new(config.listen.local, config.listen.auto_port);
-    let auto = net::bind_tcp(auto, "listen.autoPort").await?;
+    let auto = match given.tcp(&Role::Auto, auto) {
+        Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
+        None => net::bind_tcp(auto, "listen.autoPort").await?,
+    };
     Ok(Bound {
         tunnel_addr: tunnel.local_addr().map_err(BuildError::Address)?,
         auto_addr: auto.local_addr().map_err(BuildError::Address)?,
@@ -88,6 +129,7 @@ pub async fn build(config: Config, feed: Feed) -> Result<Bound, BuildError> {
         auto,
         health,
         inspector: Inspector::default(),
+        successor,
     })
 }
 
@@ -134,7 +176,13 @@ impl Bound {
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
         let gates = Gates { enrolled: readiness.gate("enrolment"), listening: readiness.gate("global state") };
-        self.health.serve(&tasks, Arc::new(registry), readiness.clone(), debug::router(self.inspector.clone()));
+        let steps = if self.successor.is_some() { Steps::default() } else { Steps::afresh() };
+        let shelf = Shelf::default();
+        let answers = Health { listener: self.health, registry, shelf: shelf.clone() };
+        tasks.spawn(
+            "health.start",
+            answers.serve(tasks.clone(), readiness.clone(), self.inspector.clone(), steps.clone()),
+        );
         let starting = Starting {
             config: self.config,
             tunnel: self.tunnel,
@@ -146,9 +194,37 @@ impl Bound {
             tasks: tasks.clone(),
             readiness,
             gates,
+            steps,
+            shelf,
+            successor: self.successor,
         };
         tasks.critical("gateway", starting.serve(self.feed));
         tasks
+    }
+}
+
+/// The health server to be.
+struct Health {
+    listener: HealthListener,
+    registry: Registry,
+    shelf: Shelf,
+}
+
+impl Health {
+    /// Serves while this gateway is the one that answers: a probe must not meet a successor that prepares, nor a
+    /// predecessor that finishes.
+    async fn serve(self, tasks: Tasks, readiness: Readiness, inspector: Inspector, steps: Steps) {
+        let shutdown = tasks.shutdown();
+        tokio::select! {
+            () = steps.open.cancelled() => {}
+            () = shutdown.requested() => return,
+        }
+        let shelved = self.shelf.put(Role::Health, &self.listener);
+        let leave = async move {
+            steps.taken_over.cancelled().await;
+            drop(shelved);
+        };
+        self.listener.serve_until(&tasks, Arc::new(self.registry), readiness, debug::router(inspector), leave);
     }
 }
 
@@ -169,6 +245,9 @@ struct Starting {
     tasks: Tasks,
     readiness: Readiness,
     gates: Gates,
+    steps: Steps,
+    shelf: Shelf,
+    successor: Option<Successor>,
 }
 
 impl Starting {
@@ -193,7 +272,12 @@ impl Starting {
         self.gates.enrolled.ready();
         let identity = Identity { source: given.identity, trust: given.trust, federation: given.federation };
         let garbage = self.metrics.reject_counter("quic_garbage");
-        let endpoint = endpoint::endpoint(self.tunnel, &self.config.tunnel, &identity, garbage)?;
+        let lost = self.metrics.reject_counter("relay_full");
+        let tunnel = match &self.successor {
+            Some(successor) => successor.tunnel(self.tunnel, lost)?,
+            None => SharedSocket::alone(self.tunnel, lost)?,
+        };
+        let endpoint = endpoint::endpoint(tunnel.clone(), &self.config.tunnel, &identity, garbage)?;
         self.metrics.svid_expiry(identity.source.current().not_after().0);
         let core = Arc::new(Core::new(Parts {
             config: self.config.clone(),
@@ -202,6 +286,8 @@ impl Starting {
             view: given.view,
             metrics: self.metrics,
             tasks: self.tasks.clone(),
+            steps: self.steps,
+            shelf: self.shelf,
         }));
         if let Some(agent) = &agent {
             core.observed.recall(agent.past(&core.metrics));
@@ -209,14 +295,12 @@ impl Starting {
         core.pool.set_view(core.current_view());
         core.observed.refresh_own(&core.pool.table().borrow());
         self.inspector.attach(core.clone());
-        tracing::info!(
-            cluster = %core.cluster, name = core.config.name, tunnel = %self.tunnel_addr, auto = %self.auto_addr,
-            "gateway serves"
-        );
         let tasks = &self.tasks;
         tasks.spawn("tunnel.accept_loop", accept::accept(core.clone(), endpoint.clone()));
         tasks.spawn("tunnel.peers", peers::manage(core.clone(), endpoint.clone()));
-        tasks.spawn("ingress.listen", ingress::listen(core.clone(), self.auto, self.inspector.listeners()));
+        let given = self.successor.as_ref().map(|s| s.given.clone()).unwrap_or_default();
+        let listen = ingress::listen(core.clone(), self.auto, self.inspector.listeners(), given.clone());
+        tasks.spawn("ingress.listen", listen);
         tasks.spawn("pool.probe", core.pool.clone().probe(core.stop.clone()));
         tasks.spawn("pool.view", keep_own_house(core.clone()));
         tasks.spawn("readiness", ready_once_tried(core.clone(), self.gates.listening));
@@ -232,10 +316,37 @@ impl Starting {
             tasks.spawn("feed.remember", agent.clone().remember(core.clone()));
             tasks.spawn("feed.renew", agent.renew(core.clone()));
         }
-        shutdown.requested().await;
+        if let Some(successor) = self.successor {
+            tokio::select! {
+                outcome = successor.go(&tunnel, prepared(&core)) => match outcome {
+                    Ok(attendant) => tasks.spawn("handover.attend", attendant.attend(tunnel.clone(), core.steps.clone())),
+                    Err(error) => {
+                        core.stop.cancel();
+                        return Err(error.into());
+                    }
+                },
+                () = shutdown.requested() => {
+                    core.stop.cancel();
+                    return Ok(());
+                }
+            }
+            core.steps.open.cancel();
+            tasks.spawn("handover.rest", close_rest(core.clone(), given));
+        }
+        tasks.spawn("handover.offer", predecessor::serve(core.clone(), tunnel));
+        tracing::info!(
+            cluster = %core.cluster, name = core.config.name, tunnel = %self.tunnel_addr, auto = %self.auto_addr,
+            "gateway serves"
+        );
+        tokio::select! {
+            () = shutdown.requested() => {}
+            () = core.steps.taken_over.cancelled() => {}
+        }
         self.readiness.begin_drain();
-        drain(&core).await;
+        drain(&core, &shutdown).await;
         drop(time::timeout(FAREWELL, endpoint.wait_idle()).await);
+        // For a gateway that was taken over, which nobody asked to stop.
+        shutdown.request();
         Ok(())
     }
 
@@ -281,16 +392,53 @@ async fn ready_once_tried(core: Arc<Core>, gate: Gate) {
     }
 }
 
-async fn drain(core: &Core) {
+/// A successor is ready when its ports are listened on and its peers have been tried: then what is accepted can be carried.
+async fn prepared(core: &Core) {
+    // The sender lives as long as the core does.
+    drop(core.standing.tried().wait_for(|tried| *tried).await);
+    let reached = async {
+        while !(core.standing.has_followed(Part::Peers) && core.registry.all_tried()) {
+            time::sleep(REACH_CHECK).await;
+        }
+    };
+    if time::timeout(REACH_PEERS, reached).await.is_err() {
+        tracing::warn!("not all peers answer; taking over all the same");
+    }
+}
+
+/// What the configuration or the state does not ask for is closed: not before there is a state, which may come later when
+/// the predecessor was lost early.
+async fn close_rest(core: Arc<Core>, given: Arc<handover::shelf::Given>) {
+    tokio::select! {
+        () = prepared(&core) => given.close_rest(),
+        () = core.stop.cancelled() => {}
+    }
+}
+
+async fn drain(core: &Core, shutdown: &Shutdown) {
     let drain = &core.config.drain;
-    tracing::info!(carried = core.carried.len(), deadline = ?drain.deadline, "draining");
+    let taken_over = core.steps.taken_over.is_cancelled();
+    let deadline = if taken_over { drain.handover_deadline } else { drain.deadline };
+    tracing::info!(carried = core.carried.len(), ?deadline, taken_over, "draining");
     core.draining.cancel();
     time::sleep(drain.accept_for).await;
     core.closing.cancel();
     core.carried.close();
-    let left = drain.deadline.saturating_sub(drain.accept_for);
-    if time::timeout(left, core.carried.wait()).await.is_err() {
-        tracing::warn!(carried = core.carried.len(), "drain deadline over; the rest is reset");
+    let over = async {
+        let left = time::sleep(deadline.saturating_sub(drain.accept_for));
+        if taken_over {
+            // Whoever asks now wants it over within the time that this takes otherwise.
+            tokio::select! {
+                () = left => {}
+                () = shutdown.requested() => time::sleep(drain.deadline).await,
+            }
+        } else {
+            left.await;
+        }
+    };
+    tokio::select! {
+        () = core.carried.wait() => {}
+        () = over => tracing::warn!(carried = core.carried.len(), "drain deadline over; the rest is reset"),
     }
     core.stop.cancel();
 }

@@ -5,4 +5,5 @@ mod carry;
 mod drain;
 mod evidence;
 mod feed;
+mod handover;
 mod rig;

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::Path,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -26,9 +27,10 @@ use tokio::{
 };
 
 use crate::{
-    Bound, Config, Feed, Given, Inspector, View, build,
+    Bound, BuildError, Config, Feed, Given, Inspector, View, build,
     core::Core,
     hello::{HelloReader, Progress},
+    take_over,
     testkit::{FEDERATION, cluster, federation, service_name},
 };
 
@@ -76,6 +78,7 @@ pub(super) fn config(name: &str) -> Config {
 
 /// One gateway.
 pub(super) struct Gateway {
+    name: String,
     pub(super) inspector: Inspector,
     pub(super) auto: SocketAddr,
     pub(super) tunnel: SocketAddr,
@@ -92,23 +95,61 @@ impl Gateway {
     }
 
     pub(super) async fn start_with(name: &str, change: impl FnOnce(&mut Config)) -> Self {
-        let (view, seen) = watch::channel(Arc::default());
+        let mut config = config("gateway-1");
+        change(&mut config);
+        Self::launch(name, config, watch::Sender::default(), false).await.unwrap()
+    }
+
+    /// One that takes over from this one, with the same view and configuration. Its addresses are in its inspector.
+    pub(super) async fn successor(&self, state_dir: &Path) -> Self {
+        self.try_succeed(|config| config.state_dir = state_dir.to_owned()).await.unwrap()
+    }
+
+    /// One that begins to take over and is told nothing until its own view is set, so that it cannot become ready.
+    pub(super) async fn stuck_successor(&self, state_dir: &Path) -> Self {
+        let mut config = config("gateway-1");
+        config.state_dir = state_dir.to_owned();
+        Self::launch(&self.name, config, watch::Sender::default(), true).await.unwrap()
+    }
+
+    /// As [`Gateway::successor`], with another configuration.
+    pub(super) async fn try_succeed(&self, change: impl FnOnce(&mut Config)) -> Result<Self, BuildError> {
+        let mut config = config("gateway-1");
+        change(&mut config);
+        Self::launch(&self.name, config, self.view.clone(), true).await
+    }
+
+    async fn launch(
+        name: &str,
+        config: Config,
+        view: watch::Sender<Arc<View>>,
+        takes_over: bool,
+    ) -> Result<Self, BuildError> {
         let given = Given {
             cluster: cluster(name),
             federation: FEDERATION.parse().unwrap(),
             identity: IdentitySource::new(svid(name)),
             trust: trust(),
-            view: seen,
+            view: view.subscribe(),
         };
-        let mut config = config("gateway-1");
-        change(&mut config);
         let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let bound: Bound = runtime.spawn(build(config, Feed::Given(given))).await.unwrap().unwrap();
+        let given = Feed::Given(given);
+        let bound = match takes_over {
+            true => runtime.spawn(take_over(config, given)).await.unwrap(),
+            false => runtime.spawn(build(config, given)).await.unwrap(),
+        };
+        let bound: Bound = match bound {
+            Ok(bound) => bound,
+            Err(error) => {
+                runtime.shutdown_background();
+                return Err(error);
+            }
+        };
         let (inspector, auto, tunnel) = (bound.inspector(), bound.auto_addr(), bound.tunnel_addr());
         let (stop, stopped) = oneshot::channel::<()>();
         let ended = runtime.spawn(bound.run(async move { drop(stopped.await) }));
         let (stop, ended, runtime) = (Some(stop), Some(ended), Some(runtime));
-        Self { inspector, auto, tunnel, view, stop, ended, runtime }
+        Ok(Self { name: name.to_owned(), inspector, auto, tunnel, view, stop, ended, runtime })
     }
 
     /// Its insides, once it serves.

@@ -136,7 +136,8 @@ impl Running<'_> {
                 Event::Time | Event::Table => Ok(()),
                 Event::Draining => {
                     told_draining = true;
-                    self.send(Kind::Goaway(Goaway {})).await
+                    let successor = self.core.steps.taken_over.is_cancelled();
+                    self.send(Kind::Goaway(Goaway { successor })).await
                 }
                 Event::Stop => Err(Close::Drained),
             };
@@ -178,6 +179,11 @@ impl Running<'_> {
                     tunnel.set_rtt(rtt);
                     self.core.metrics.rtt(&tunnel.cluster, rtt);
                 }
+                Ok(())
+            }
+            (Some(Kind::Goaway(Goaway { successor: true })), Role::Dialler(tunnel)) => {
+                tracing::info!(cluster = %tunnel.cluster, gateway = tunnel.gateway, "peer is succeeded");
+                tunnel.succeeded.cancel();
                 Ok(())
             }
             (Some(Kind::Goaway(_)), Role::Dialler(tunnel)) => {

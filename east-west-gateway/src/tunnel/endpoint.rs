@@ -3,7 +3,7 @@
 //! In: the bound socket, the gateway's identity and the federation's roots. Out: a quinn endpoint whose handshakes are
 //! mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded by configuration.
 
-use std::{net::UdpSocket, sync::Arc, time::Duration};
+use std::{os::fd::AsFd, sync::Arc, time::Duration};
 
 use isthmus_identity::{
     bundle::TrustStore,
@@ -20,7 +20,7 @@ use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
 use socket2::SockRef;
 
 use super::ALPN;
-use crate::config::TunnelConfig;
+use crate::{config::TunnelConfig, handover::socket::SharedSocket};
 
 /// RFC 9000: what every path carries, and what quinn reads by default.
 const DEFAULT_PAYLOAD: u16 = 1_472;
@@ -68,12 +68,12 @@ pub(crate) fn gateway_cluster(id: &SpiffeId, federation: &TrustDomain) -> Option
 /// The endpoint on `socket`, accepting from gateways of this federation. `garbage` counts datagrams that are no QUIC of
 /// ours.
 pub(crate) fn endpoint(
-    socket: UdpSocket,
+    socket: Arc<SharedSocket>,
     config: &TunnelConfig,
     identity: &Identity,
     garbage: Counter,
 ) -> Result<Endpoint, EndpointError> {
-    grow_buffers(&socket, config.socket_buffer_bytes);
+    grow_buffers(&*socket, config.socket_buffer_bytes);
     let federation = identity.federation.clone();
     let policy: PeerPolicy = Arc::new(move |id| gateway_cluster(id, &federation).is_some());
     let tls = tls::server_config(&identity.source, &identity.trust, ClientAuth::Required(policy), &[ALPN])
@@ -82,12 +82,14 @@ pub(crate) fn endpoint(
     server.transport_config(Arc::new(transport(config)?));
     // Handshakes that were not looked at yet; the rest is refused.
     server.max_incoming(config.max_connections);
+    let key = socket.key();
     let mut endpoint = EndpointConfig::default();
     endpoint
         .max_udp_payload_size(config.mtu.max(DEFAULT_PAYLOAD))
         .map_err(|_| EndpointError::Number("mtu"))?
-        .cid_generator(move || Box::new(Cids { own: HashedConnectionIdGenerator::new(), garbage: garbage.clone() }));
-    Endpoint::new(endpoint, Some(server), socket, Arc::new(TokioRuntime)).map_err(EndpointError::Socket)
+        .cid_generator(move || Box::new(Cids { own: key.generator(), garbage: garbage.clone() }));
+    Endpoint::new_with_abstract_socket(endpoint, Some(server), socket, Arc::new(TokioRuntime))
+        .map_err(EndpointError::Socket)
 }
 
 /// How to dial a gateway of `cluster`, and nobody else.
@@ -127,7 +129,7 @@ fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
 }
 
 /// The system's default of 208 KiB loses packets even on loopback. It may grant less than asked for.
-fn grow_buffers(socket: &UdpSocket, bytes: usize) {
+fn grow_buffers(socket: &impl AsFd, bytes: usize) {
     let socket = SockRef::from(socket);
     let asked = socket.set_recv_buffer_size(bytes).and_then(|()| socket.set_send_buffer_size(bytes));
     // Linux reports twice what it grants.

@@ -15,6 +15,7 @@ use isthmus_model::{global::ClusterState, ids::ClusterName};
 use isthmus_runtime::backoff::Backoff;
 use quinn::Endpoint;
 use tokio::time;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     Close,
@@ -112,7 +113,16 @@ fn wanted(core: &Core, view: &View) -> BTreeMap<PeerKey, SocketAddr> {
     others.flat_map(|c| c.gateways.iter().map(|g| ((c.name.clone(), g.name.clone()), g.tunnel))).collect()
 }
 
+/// Why a tunnel is not the one to use any more.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    Lost,
+    /// Its peer goes on in another process, which is to be dialled now.
+    Succeeded,
+}
+
 /// The task of one peer.
+#[derive(Clone)]
 struct Peer {
     core: Arc<Core>,
     endpoint: Endpoint,
@@ -134,7 +144,9 @@ impl Peer {
             match dialled {
                 Ok((connection, control)) => {
                     backoff.reset();
-                    self.carry(connection, control).await;
+                    if self.carry(connection, control).await == Ended::Succeeded {
+                        continue;
+                    }
                 }
                 Err(error) => {
                     tracing::debug!(
@@ -145,7 +157,8 @@ impl Peer {
                     self.core.refresh(&self.key.0);
                 }
             }
-            if self.steer.cancel.is_cancelled() {
+            // A gateway that was taken over leaves dialling to its successor.
+            if self.steer.cancel.is_cancelled() || self.core.steps.taken_over.is_cancelled() {
                 return;
             }
             tokio::select! {
@@ -179,28 +192,41 @@ impl Peer {
         time::timeout(tunnel.handshake_timeout, attempt).await.unwrap_or(Err(DialError::Timeout))
     }
 
-    /// From here until the connection's end, new streams may use it.
-    async fn carry(&self, connection: quinn::Connection, control: Control) {
+    /// From here until the connection's end, or until its peer is succeeded, new streams may use it.
+    async fn carry(&self, connection: quinn::Connection, control: Control) -> Ended {
         let (cluster, gateway) = &self.key;
         let tunnel = Arc::new(Tunnel::new(self.core.next_id(), self.key.clone(), connection.clone()));
         if !self.core.registry.up(&tunnel) {
             Close::Replaced.apply(&connection);
-            return;
+            return Ended::Lost;
         }
         tracing::info!(%cluster, gateway, address = %self.address, rtt = ?tunnel.rtt(), "tunnel up");
         self.changed();
+        let ended = CancellationToken::new();
+        // A task of its own: what it carries outlives the word that the peer is succeeded.
+        let carrying = self.clone().to_the_end(tunnel.clone(), control, ended.clone().drop_guard());
+        self.core.tasks.spawn("tunnel.carry", carrying);
+        tokio::select! {
+            biased;
+            () = ended.cancelled() => Ended::Lost,
+            () = tunnel.succeeded.cancelled() => Ended::Succeeded,
+        }
+    }
+
+    async fn to_the_end(self, tunnel: Arc<Tunnel>, control: Control, _ended: DropGuard) {
+        let connection = &tunnel.connection;
         let role = Role::Dialler(tunnel.clone());
         tokio::select! {
-            () = control.run(&self.core, &connection, &role) => {}
-            () = self.core.expiry(&connection) => Close::Replaced.apply(&connection),
+            () = control.run(&self.core, connection, &role) => {}
+            () = self.core.expiry(connection) => Close::Replaced.apply(connection),
             () = self.steer.cancel.cancelled() => {}
         }
         self.core.registry.down(&tunnel);
         self.changed();
         // Whoever cancelled this peer has closed the connection with its reason; this changes nothing then.
-        Close::Drained.apply(&connection);
+        Close::Drained.apply(connection);
         let why = connection.close_reason().map(|r| r.to_string()).unwrap_or_default();
-        tracing::info!(%cluster, gateway, why, "tunnel down");
+        tracing::info!(cluster = %self.key.0, gateway = self.key.1, why, "tunnel down");
     }
 
     fn changed(&self) {

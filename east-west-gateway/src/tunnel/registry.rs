@@ -46,6 +46,8 @@ pub(crate) struct Tunnel {
     rtt_us: AtomicU32,
     suspect: AtomicBool,
     goaway: AtomicBool,
+    /// The peer's successor is to be dialled; this tunnel serves until that one's does.
+    pub(crate) succeeded: CancellationToken,
 }
 
 impl Tunnel {
@@ -61,6 +63,7 @@ impl Tunnel {
             rtt_us: AtomicU32::new(rtt),
             suspect: AtomicBool::new(false),
             goaway: AtomicBool::new(false),
+            succeeded: CancellationToken::new(),
         }
     }
 
@@ -205,6 +208,11 @@ impl Registry {
             }
             _ => false,
         }
+    }
+
+    /// Whether every peer was tried at least once.
+    pub(crate) fn all_tried(&self) -> bool {
+        self.lock().values().all(|peer| peer.tried)
     }
 
     /// An attempt to reach the peer failed.
