@@ -208,3 +208,26 @@ impl AsyncUdpSocket for SharedSocket {
         self.quic.may_fragment()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_datagrams_that_are_wanted_stay_in_order_and_whole() {
+        for (bytes, stride, kept) in [
+            ("aabbaabba", 2, "aaaaa"),
+            ("bbaab", 2, "aa"),
+            ("aab", 2, "aa"),
+            ("aaaa", 2, "aaaa"),
+            ("aab", 3, "aab"),
+            ("bbbb", 2, ""),
+            ("a", 0, "a"),
+            ("", 2, ""),
+        ] {
+            let mut buffer = bytes.as_bytes().to_vec();
+            let length = keep(&mut buffer, stride, |datagram| datagram[0] == b'a');
+            assert_eq!(&buffer[..length], kept.as_bytes(), "{bytes} by {stride}");
+        }
+    }
+}
