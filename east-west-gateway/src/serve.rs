@@ -40,7 +40,10 @@ use crate::{
     standing::Part,
     tunnel::{
         accept,
-        endpoint::{self, Identity},
+        link::{
+            quic::{self, Identity},
+            tcp,
+        },
         peers,
     },
     view::View,
@@ -83,6 +86,7 @@ pub struct Bound {
     feed: Feed,
     tunnel: UdpSocket,
     tunnel_addr: SocketAddr,
+    tunnel_tcp: TcpListener,
     auto: TcpListener,
     auto_addr: SocketAddr,
     health: HealthListener,
@@ -108,13 +112,9 @@ async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> R
         Some(listener) => health::adopt(listener)?,
         None => health::bind(config.listen.health).await?,
     };
-    let tunnel = match given.udp(&Role::Tunnel, config.listen.tunnel) {
-        Some(socket) => {
-            successor.iter_mut().for_each(|s| s.shares_tunnel = true);
-            socket
-        }
-        None => net::bind_udp(config.listen.tunnel, "listen.tunnel")?,
-    };
+    let given_tunnel = given.udp(&Role::Tunnel, config.listen.tunnel);
+    successor.iter_mut().for_each(|s| s.shares_tunnel = given_tunnel.is_some());
+    let (tunnel, tunnel_tcp) = bind_tunnel(config.listen.tunnel, given_tunnel, &given).await?;
     let auto = SocketAddr::new(config.listen.local, config.listen.auto_port);
     let auto = match given.tcp(&Role::Auto, auto) {
         Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
@@ -126,6 +126,7 @@ async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> R
         config: Arc::new(config),
         feed,
         tunnel,
+        tunnel_tcp,
         auto,
         health,
         inspector: Inspector::default(),
@@ -133,8 +134,36 @@ async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> R
     })
 }
 
+/// The same port for UDP and TCP. What the predecessor gave is used.
+async fn bind_tunnel(
+    address: SocketAddr,
+    given_udp: Option<UdpSocket>,
+    given: &handover::shelf::Given,
+) -> Result<(UdpSocket, TcpListener), BuildError> {
+    let address = match &given_udp {
+        Some(udp) => udp.local_addr().map_err(BuildError::Address)?,
+        None => address,
+    };
+    let mut given_udp = given_udp;
+    let mut given_tcp = given.tcp(&Role::TunnelTcp, address);
+    let mut tries = 0;
+    loop {
+        let tcp = match given_tcp.take() {
+            Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
+            None => net::bind_tcp(address, "listen.tunnel").await?,
+        };
+        let same = tcp.local_addr().map_err(BuildError::Address)?;
+        match given_udp.take().map_or_else(|| net::bind_udp(same, "listen.tunnel"), Ok) {
+            Ok(udp) => return Ok((udp, tcp)),
+            // A port that the system chose for one may be taken for the other.
+            Err(_) if address.port() == 0 && tries < 10 => tries += 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 impl Bound {
-    /// Where peers dial (UDP).
+    /// Where peers dial (UDP and TCP).
     pub fn tunnel_addr(&self) -> SocketAddr {
         self.tunnel_addr
     }
@@ -187,6 +216,7 @@ impl Bound {
             config: self.config,
             tunnel: self.tunnel,
             tunnel_addr: self.tunnel_addr,
+            tunnel_tcp: self.tunnel_tcp,
             auto: self.auto,
             auto_addr: self.auto_addr,
             inspector: self.inspector,
@@ -238,6 +268,7 @@ struct Starting {
     config: Arc<Config>,
     tunnel: UdpSocket,
     tunnel_addr: SocketAddr,
+    tunnel_tcp: TcpListener,
     auto: TcpListener,
     auto_addr: SocketAddr,
     inspector: Inspector,
@@ -277,7 +308,7 @@ impl Starting {
             Some(successor) => successor.tunnel(self.tunnel, lost)?,
             None => SharedSocket::alone(self.tunnel, lost)?,
         };
-        let endpoint = endpoint::endpoint(tunnel.clone(), &self.config.tunnel, &identity, garbage)?;
+        let endpoint = quic::endpoint(tunnel.clone(), &self.config.tunnel, &identity, garbage)?;
         self.metrics.svid_expiry(identity.source.current().not_after().0);
         let core = Arc::new(Core::new(Parts {
             config: self.config.clone(),
@@ -297,6 +328,7 @@ impl Starting {
         self.inspector.attach(core.clone());
         let tasks = &self.tasks;
         tasks.spawn("tunnel.accept_loop", accept::accept(core.clone(), endpoint.clone()));
+        tasks.spawn("tunnel.tcp_accept_loop", tcp::accept::listen(core.clone(), self.tunnel_tcp));
         tasks.spawn("tunnel.peers", peers::manage(core.clone(), endpoint.clone()));
         let given = self.successor.as_ref().map(|s| s.given.clone()).unwrap_or_default();
         let listen = ingress::listen(core.clone(), self.auto, self.inspector.listeners(), given.clone());
@@ -311,6 +343,7 @@ impl Starting {
                 local_ip: core.config.listen.local.to_string(),
                 auto_port: self.auto_addr.port().into(),
                 pinned_port_base: core.config.listen.pinned_port_base.into(),
+                instance: format!("{}-{}", std::process::id(), isthmus_runtime::now()),
             };
             tasks.spawn("feed.follow", agent.clone().follow(core.clone(), hello));
             tasks.spawn("feed.remember", agent.clone().remember(core.clone()));

@@ -361,7 +361,7 @@ async fn a_restart_does_not_end_a_hold_down() {
     let mut global = state();
     global.settings.failover.hold_down = Duration::from_secs(3_600);
     global.clusters.get_mut(&cluster("west")).unwrap().gateways =
-        vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: west.tunnel }];
+        vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(west.tunnel) }];
     west.set_global(&global);
     west.set_endpoints(&[local(1)]);
     let gateway = Fed::start(dir.path(), &token).await;
@@ -390,7 +390,7 @@ async fn an_upgrade_is_no_leaving_to_the_agent_and_a_revocation_reaches_what_the
     let (agent, token, _serving) = Agent::serve().await;
     let (west, orders) = (Gateway::start("west").await, Server::bind().await);
     let mut global = state();
-    let address = GatewayAddress { name: "gateway-1".to_owned(), tunnel: west.tunnel };
+    let address = GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(west.tunnel) };
     global.clusters.get_mut(&cluster("west")).unwrap().gateways = vec![address];
     west.set_global(&global);
     west.set_endpoints(&[orders.address]);
