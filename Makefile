@@ -5,6 +5,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 STAY ?=
 WHAT ?=
+TIME ?= 60
 
 # Integration tests by file, so that a new one is never forgotten. Always with --workspace: a part alone would be built with
 # other features, that is, twice.
@@ -12,7 +13,7 @@ targets = $(foreach file,$(1),--test $(basename $(notdir $(file))))
 E2E_TESTS := $(wildcard e2e/tests/*.rs)
 UNIT_TESTS := $(filter-out $(E2E_TESTS),$(wildcard */tests/*.rs libs/*/tests/*.rs))
 
-.PHONY: help demo test check lint unit e2e envoy tools build fmt clean
+.PHONY: help demo test check lint unit e2e fuzz fuzz-seeds envoy tools build fmt clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -39,6 +40,13 @@ lint: ## Formatting and clippy, warnings denied
 e2e: tools envoy build ## End-to-end tests with real processes (WHAT=name for one suite)
 	@echo "== end-to-end tests"
 	@$(CARGO) test --workspace --locked $(if $(WHAT),--test $(WHAT),$(call targets,$(E2E_TESTS))) -- --nocapture --test-threads=1
+
+fuzz: ## Fuzz the gateway's decoders, TIME=60 seconds each (WHAT=tunnel, hello or availability for one)
+	@deploy/tools/require.sh cc g++
+	@CARGO="$(CARGO)" fuzz/run.sh $(TIME) $(WHAT)
+
+fuzz-seeds: ## Write fuzz/corpus/ anew, from real hellos and frames
+	@$(CARGO) test --workspace --lib --locked -q -- --ignored --exact fuzzing::seeds::write_seeds
 
 build: ## All programs, debug
 	@echo "== build"

@@ -8,7 +8,7 @@ if ! command -v cargo >/dev/null; then
 fi
 
 declare -A package=(
-  [cc]=gcc [dig]=bind9-dnsutils [setpriv]=util-linux [python3]=python3 [pip]=python3-pip
+  [cc]=gcc [g++]=g++ [dig]=bind9-dnsutils [setpriv]=util-linux [python3]=python3 [pip]=python3-pip
 )
 missing=()
 for tool in "$@"; do

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// Workspace crate → workspace crates it may depend on (normal and build dependencies).
-const ALLOWED: [(&str, &[&str]); 10] = [
+const ALLOWED: [(&str, &[&str]); 11] = [
     ("isthmus-model", &[]),
     ("isthmus-runtime", &[]),
     ("isthmus-api", &["isthmus-model"]),
@@ -17,6 +17,7 @@ const ALLOWED: [(&str, &[&str]); 10] = [
     ("isthmus-dns", SERVICE),
     ("isthmusctl", &["isthmus-api", "isthmus-identity", "isthmus-model"]),
     ("isthmus-e2e", SERVICE),
+    ("isthmus-fuzz", &["isthmus-gateway"]),
 ];
 const SERVICE: &[&str] = &["isthmus-api", "isthmus-identity", "isthmus-model", "isthmus-runtime"];
 

@@ -18,6 +18,9 @@ mod debug;
 mod egress;
 mod feed;
 mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod handover;
 mod hello;
 mod ingress;
@@ -26,7 +29,7 @@ mod observed;
 mod serve;
 mod splice;
 mod standing;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod testkit;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,5 @@
-//! What the tests of this crate share: names and a small federation.
+//! What the tests and fuzz targets of this crate share: names and a small federation.
+#![allow(clippy::unwrap_used, reason = "test code, which the fuzz targets share")]
 
 use std::collections::{BTreeMap, BTreeSet};
 

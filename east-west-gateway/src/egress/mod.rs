@@ -183,6 +183,15 @@ fn check(header: StreamHeader) -> Result<Asked, Refusal> {
     })
 }
 
+/// Whether a header passes, for what is replayed and fuzzed; whatever passes is within bounds.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn passes(header: StreamHeader) -> bool {
+    let Ok(asked) = check(header) else { return false };
+    assert!(asked.port > 0 && !asked.deadline.is_zero() && asked.deadline <= MAX_DEADLINE);
+    assert!(asked.selector.is_none_or(|s| s.len() <= 63) && asked.traceparent.len() <= 128);
+    true
+}
+
 /// May a gateway of `peer` reach this here? Checked against the view, whatever the peer's own view says.
 fn permit<'v>(core: &Core, view: &'v View, peer: &ClusterName, asked: &Asked) -> Result<&'v GlobalService, Refusal> {
     if !view.is_active(peer) {

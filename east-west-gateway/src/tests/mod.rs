@@ -6,4 +6,6 @@ mod drain;
 mod evidence;
 mod feed;
 mod handover;
+mod links;
+mod relay;
 mod rig;

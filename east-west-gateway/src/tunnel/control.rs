@@ -180,8 +180,8 @@ impl Running<'_> {
                 core.observed.touch();
             }
             Some(Told::Goaway { .. }) => {}
-            Some(Told::Availability { snapshot, services, removed }) => {
-                if !core.registry.heard(tunnel, snapshot, services, &removed) {
+            Some(Told::Availability(word)) => {
+                if !core.registry.heard(tunnel, word) {
                     return Err(Close::Protocol.into());
                 }
                 core.refresh(&tunnel.cluster);

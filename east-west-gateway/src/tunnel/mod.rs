@@ -9,6 +9,7 @@
 
 pub(crate) mod accept;
 pub(crate) mod control;
+pub(crate) mod inbox;
 mod lane;
 pub(crate) mod link;
 mod liveness;

@@ -18,7 +18,7 @@ pub(crate) type Table = BTreeMap<ServiceName, Availability>;
 /// Between two mentions of one service.
 pub(crate) const MIN_INTERVAL: Duration = Duration::from_millis(100);
 /// Entries per update: 250 × (two names of 63, counts, tags) stays under 65,535 bytes.
-const PART: usize = 250;
+pub(crate) const PART: usize = 250;
 
 /// The memory of one control stream.
 #[derive(Debug, Default)]
@@ -71,11 +71,12 @@ impl Outbox {
 
     fn updates(&mut self, changed: &[(ServiceName, Availability)], removed: &[ServiceName]) -> Vec<AvailabilityUpdate> {
         let mut updates: Vec<AvailabilityUpdate> = Vec::new();
-        for part in changed.chunks(PART) {
-            updates.push(AvailabilityUpdate { services: part.iter().map(entry).collect(), ..Default::default() });
-        }
+        // What is gone first: a peer at its limit must have room for what comes.
         for part in removed.chunks(PART) {
             updates.push(AvailabilityUpdate { removed: part.iter().map(Into::into).collect(), ..Default::default() });
+        }
+        for part in changed.chunks(PART) {
+            updates.push(AvailabilityUpdate { services: part.iter().map(entry).collect(), ..Default::default() });
         }
         if !self.began {
             self.began = true;

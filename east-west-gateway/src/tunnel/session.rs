@@ -5,14 +5,11 @@
 
 use std::time::{Duration, Instant};
 
-use isthmus_api::{
-    convert::own_availability,
-    proto::tunnel::v1::{AvailabilityUpdate, ControlFrame, Goaway, Offers, Ping, control_frame::Kind},
-};
-use isthmus_model::{availability::Availability, ids::ServiceName};
+use isthmus_api::proto::tunnel::v1::{ControlFrame, Goaway, Offers, Ping, control_frame::Kind};
 
 use super::{
     Close,
+    inbox::Word,
     liveness::{Action, Liveness},
     outbox::{Outbox, Table},
 };
@@ -48,14 +45,7 @@ pub(crate) enum Told {
         successor: bool,
     },
     /// What its cluster can serve.
-    Availability {
-        /// Forget all that it said before.
-        snapshot: bool,
-        /// Changed.
-        services: Vec<(ServiceName, Availability)>,
-        /// No longer there.
-        removed: Vec<ServiceName>,
-    },
+    Availability(Word),
     /// It would like so many connections on offer (TCP).
     Offers(u32),
     /// It ends the link (TCP).
@@ -128,7 +118,9 @@ impl Session {
                 None => Ok(Response::default()),
             },
             Some(Kind::Goaway(Goaway { successor })) => told(Told::Goaway { successor }),
-            Some(Kind::Availability(update)) => told(availability(update)?),
+            Some(Kind::Availability(update)) => {
+                told(Told::Availability(Word::try_from(update).map_err(|_| Close::Protocol)?))
+            }
             Some(Kind::Offers(offers)) => told(Told::Offers(offers.connections)),
             Some(Kind::Closing(closing)) => told(Told::Closing(closing.reason.chars().take(200).collect())),
             // A newer peer's frame of a kind we do not know.
@@ -136,13 +128,6 @@ impl Session {
             Some(Kind::Hello(_)) => Err(Close::Protocol),
         }
     }
-}
-
-fn availability(update: AvailabilityUpdate) -> Result<Told, Close> {
-    let services = update.services.into_iter().map(own_availability).collect::<Result<_, _>>();
-    let removed = update.removed.into_iter().map(ServiceName::try_from).collect::<Result<_, _>>();
-    let (Ok(services), Ok(removed)) = (services, removed) else { return Err(Close::Protocol) };
-    Ok(Told::Availability { snapshot: update.snapshot, services, removed })
 }
 
 #[cfg(test)]
@@ -198,7 +183,10 @@ mod tests {
 
     #[test]
     fn a_second_hello_and_a_false_name_end_the_link() {
-        use isthmus_api::proto::{common::v1::ServiceName, tunnel::v1::ControlHello};
+        use isthmus_api::proto::{
+            common::v1::ServiceName,
+            tunnel::v1::{AvailabilityUpdate, ControlHello},
+        };
         let now = Instant::now();
         let mut session = Session::new(RHYTHM, now);
         let hello = Some(Kind::Hello(ControlHello::default()));

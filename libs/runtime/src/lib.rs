@@ -12,7 +12,7 @@ pub mod config;
 pub mod files;
 pub mod health;
 pub mod net;
-mod open_files;
+pub mod open_files;
 pub mod tasks;
 pub mod telemetry;
 pub mod wait;
