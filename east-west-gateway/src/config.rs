@@ -45,6 +45,9 @@ pub struct Config {
     /// Streams from peers to local endpoints.
     #[serde(default)]
     pub egress: EgressConfig,
+    /// When nothing new is taken.
+    #[serde(default)]
+    pub overload: OverloadConfig,
     /// What happens on SIGTERM.
     #[serde(default)]
     pub drain: DrainConfig,
@@ -240,6 +243,9 @@ pub struct IngressConfig {
     /// A carried connection without a byte either way for so long is reset.
     #[serde(with = "humantime_serde")]
     pub idle_timeout: Duration,
+    /// A carried connection is reset when it is so old, however busy it is; 0s: never.
+    #[serde(with = "humantime_serde")]
+    pub max_lifetime: Duration,
     /// Replays allowed as a share of new connections, in percent.
     pub replay_percent: u32,
     /// Replays always allowed, per second.
@@ -258,6 +264,7 @@ impl Default for IngressConfig {
             max_pending_hellos: 4_096,
             max_pending_hellos_per_source: 256,
             idle_timeout: Duration::from_secs(3_600),
+            max_lifetime: Duration::ZERO,
             replay_percent: 20,
             replay_floor_per_second: 50,
         }
@@ -292,6 +299,23 @@ impl Default for EgressConfig {
             ejection_base: Duration::from_secs(1),
             ejection_max: Duration::from_secs(30),
         }
+    }
+}
+
+/// Beyond which use of memory and processors new connections and streams are turned away; running ones go on.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct OverloadConfig {
+    /// Resident memory in bytes; if absent, 85 % of the machine's or of the cgroup's limit.
+    pub max_memory_bytes: Option<u64>,
+    /// What a task that is ready to run may wait, smoothed, for longer than a second.
+    #[serde(with = "humantime_serde")]
+    pub max_scheduling_delay: Duration,
+}
+
+impl Default for OverloadConfig {
+    fn default() -> Self {
+        Self { max_memory_bytes: None, max_scheduling_delay: Duration::from_millis(100) }
     }
 }
 
@@ -397,6 +421,22 @@ impl Validate for Config {
             i.pinned_timeout >= i.attempt_timeout,
             "ingress.pinnedTimeout",
             "must not be shorter than ingress.attemptTimeout".to_owned(),
+        );
+        check(
+            i.max_lifetime.is_zero() || i.max_lifetime >= Duration::from_secs(1),
+            "ingress.maxLifetime",
+            "use 1s or more, or 0s for no limit".to_owned(),
+        );
+        let o = &self.overload;
+        check(
+            o.max_memory_bytes.is_none_or(|bytes| bytes >= 64 << 20),
+            "overload.maxMemoryBytes",
+            "use 67108864 (64 MiB) or more; an idle gateway takes some 20 MiB".to_owned(),
+        );
+        check(
+            o.max_scheduling_delay >= Duration::from_millis(10),
+            "overload.maxSchedulingDelay",
+            "use 10ms or more: timers are late by a few".to_owned(),
         );
         let e = &self.egress;
         check(

@@ -31,6 +31,7 @@ use crate::{
     ingress::{budget::ReplayBudget, sources::Sources},
     metrics::Metrics,
     observed::Observed,
+    overload::{Overload, Why},
     standing::Standing,
     tunnel::{
         accept::Inbound,
@@ -54,6 +55,8 @@ pub(crate) struct Core {
     pub(crate) inbound: Inbound,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: Tasks,
+    /// Whether anything new is taken.
+    pub(crate) overload: Overload,
     /// What the agent is told of this gateway.
     pub(crate) standing: Standing,
     /// Links that peers have dialled over TCP.
@@ -112,6 +115,7 @@ impl Core {
             pool: Arc::new(LocalPool::new(cluster.clone(), &config.egress, metrics.clone())),
             observed: Observed::new(cluster.clone()),
             registry: Registry::default(),
+            overload: Overload::default(),
             standing: Standing::new(metrics.clone()),
             inbound: Inbound::default(),
             tcp_links: tcp::Links::default(),
@@ -187,8 +191,16 @@ impl Core {
         self.observed.touch();
     }
 
-    /// How full this gateway is, in permille of the streams that it takes from peers.
+    /// May one more connection or stream be carried? The one decision; limits on their number are counted elsewhere.
+    pub(crate) fn admit(&self) -> Result<(), Why> {
+        self.overload.admit(self.metrics.carried_now())
+    }
+
+    /// How full this gateway is, in permille of the streams that it takes from peers; all of it while it takes none.
     pub(crate) fn load_permille(&self) -> u32 {
+        if self.admit().is_err() {
+            return 1_000;
+        }
         let max = self.config.egress.max_streams.max(1);
         let used = max.saturating_sub(self.stream_slots.available_permits());
         u32::try_from(used.saturating_mul(1_000) / max).unwrap_or(u32::MAX)

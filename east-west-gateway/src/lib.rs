@@ -26,6 +26,7 @@ mod hello;
 mod ingress;
 mod metrics;
 mod observed;
+mod overload;
 mod serve;
 mod splice;
 mod standing;

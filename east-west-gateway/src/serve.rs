@@ -37,6 +37,7 @@ use crate::{
     },
     ingress,
     metrics::Metrics,
+    overload::sample,
     standing::Part,
     tunnel::{
         accept,
@@ -334,6 +335,7 @@ impl Starting {
         let listen = ingress::listen(core.clone(), self.auto, self.inspector.listeners(), given.clone());
         tasks.spawn("ingress.listen", listen);
         tasks.spawn("pool.probe", core.pool.clone().probe(core.stop.clone()));
+        tasks.spawn("overload.watch", sample::watch(core.clone()));
         tasks.spawn("pool.view", keep_own_house(core.clone()));
         tasks.spawn("readiness", ready_once_tried(core.clone(), self.gates.listening));
         if let Some(agent) = agent {

@@ -82,9 +82,10 @@ impl Stream {
         let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
         // Held until the stream has ended.
         let slot = core.stream_slots.clone().try_acquire_owned();
-        let placed = match &slot {
-            Ok(_) => place(&core, peer, &mut reader, &send, &mut access).await,
-            Err(_) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
+        let placed = match (&slot, core.admit()) {
+            (Ok(_), Ok(())) => place(&core, peer, &mut reader, &send, &mut access).await,
+            (_, Err(why)) => Err(Some(Refusal::new(RejectReason::Overloaded, true, why.detail()))),
+            (Err(_), _) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
         };
         let (mut recv, _) = reader.into_parts();
         match placed {
@@ -98,6 +99,7 @@ impl Stream {
                 }
                 let limits = Limits {
                     idle: core.config.ingress.idle_timeout,
+                    lifetime: core.config.ingress.max_lifetime,
                     // What peers send slowly to us is bounded by the endpoint's own pace, and that is a near side, too.
                     stalled: tunnel.stalled.as_ref(),
                     force: &core.stop,

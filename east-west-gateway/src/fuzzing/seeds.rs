@@ -140,10 +140,10 @@ fn tunnel() -> Seeds {
     let session = [
         control(Kind::Hello(ControlHello { version: 1, gateway: "gateway-1".to_owned() })),
         update(true, &[("orders", 2), ("cart", 1)], &[]),
-        control(Kind::Ping(Ping { sequence: 1 })),
-        control(Kind::Pong(Ping { sequence: 7 })),
+        control(Kind::Ping(Ping { sequence: 1, load_permille: 0 })),
+        control(Kind::Pong(Ping { sequence: 7, load_permille: 900 })),
         update(false, &[("orders", 0)], &["cart"]),
-        control(Kind::Goaway(Goaway {})),
+        control(Kind::Goaway(Goaway { successor: false })),
     ]
     .concat();
     vec![
@@ -157,7 +157,7 @@ fn tunnel() -> Seeds {
 }
 
 fn availability() -> Seeds {
-    let lost = control(Kind::Ping(Ping { sequence: 1 }));
+    let lost = control(Kind::Ping(Ping { sequence: 1, load_permille: 0 }));
     let hostile = |limit: u8, parts: &[Vec<u8>]| [&[0, limit], parts.concat().as_slice()].concat();
     let part = u16::try_from(PART).unwrap().to_be_bytes();
     vec![

@@ -117,6 +117,7 @@ impl Local {
         let guard = core.metrics.stream(Direction::Ingress);
         let limits = Limits {
             idle: core.config.ingress.idle_timeout,
+            lifetime: core.config.ingress.max_lifetime,
             stalled: placed.held.tunnel().and_then(|tunnel| tunnel.stalled.as_ref()),
             force: &core.stop,
             draining: &core.draining,

@@ -178,6 +178,11 @@ async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: Canc
                 continue;
             }
         };
+        if let Err(why) = core.admit() {
+            core.metrics.reject(why.reject_label());
+            splice::abort(&tcp);
+            continue;
+        }
         let Some(share) = core.hello_sources.try_acquire(source) else {
             core.metrics.reject("source_pending");
             splice::abort(&tcp);

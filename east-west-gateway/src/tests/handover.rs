@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::rig::{Gateway, SOON, Server, introduce, knock, read, sni, until};
-use crate::{handover, metrics::Direction, testkit::cluster};
+use crate::{config::LinkTransport, handover, metrics::Direction, testkit::cluster};
 
 /// East is upgraded; west is its peer. An endpoint that echoes stands behind each.
 struct Stage {
@@ -30,10 +30,14 @@ struct Stage {
 
 impl Stage {
     async fn set() -> Self {
+        Self::set_over(LinkTransport::Quic).await
+    }
+
+    async fn set_over(over: LinkTransport) -> Self {
         let state = tempfile::tempdir().unwrap();
         let dir = state.path().to_owned();
-        let east = Gateway::start_with("east", |config| config.state_dir = dir).await;
-        let west = Gateway::start("west").await;
+        let east = Gateway::start_with("east", |c| (c.state_dir, c.tunnel.transport) = (dir, over)).await;
+        let west = Gateway::start_over(over, "west").await;
         let (here, there) = (Server::bind().await.echo(b"east"), Server::bind().await.echo(b"west"));
         let gateways = [east, west];
         let members: [(&str, &[SocketAddr]); 2] = [("east", &[here]), ("west", &[there])];
@@ -138,7 +142,16 @@ impl Lasting {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_upgrade_under_load_fails_nothing_and_ends_the_predecessor() {
-    let mut stage = Stage::set().await;
+    upgrade_under_load(LinkTransport::Quic).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_same_holds_where_tunnels_run_over_tcp() {
+    upgrade_under_load(LinkTransport::Tcp).await;
+}
+
+async fn upgrade_under_load(over: LinkTransport) {
+    let mut stage = Stage::set_over(over).await;
     let mut lasting = Vec::new();
     for (entry, name) in stage.entries() {
         lasting.push(Lasting::open(entry, name).await);
@@ -153,7 +166,8 @@ async fn an_upgrade_under_load_fails_nothing_and_ends_the_predecessor() {
         .collect();
     until("clients are at it", || count.load(Ordering::Relaxed) > 50).await;
 
-    let successor = stage.successor().await;
+    let state = stage.state.path().to_owned();
+    let successor = stage.east.try_succeed(|c| (c.state_dir, c.tunnel.transport) = (state, over)).await.unwrap();
     let before = stage.east.core().await;
     before.steps.taken_over.cancelled().await;
     for lasting in &mut lasting {

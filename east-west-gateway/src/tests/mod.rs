@@ -6,6 +6,7 @@ mod drain;
 mod evidence;
 mod feed;
 mod handover;
+mod limits;
 mod links;
 mod relay;
 mod rig;

@@ -73,6 +73,8 @@ pub(super) fn config(name: &str) -> Config {
         // Many gateways share a busy machine here: death is declared late, but where a test is about it.
         "tunnel": { "dialBackoffMax": "200ms", "deadAfter": "1500ms" },
         "ingress": { "helloTimeout": "500ms" },
+        // Nor is a busy machine what a test means by overload.
+        "overload": { "maxSchedulingDelay": "60s" },
         "drain": { "acceptFor": "100ms", "deadline": "5s" },
     });
     serde_json::from_value(json).unwrap()
