@@ -95,6 +95,8 @@ pub(super) struct Placing<'a> {
 type Failed = (&'static str, After);
 const LOST: Failed = ("tunnel_lost", After::SameCluster);
 const SILENT: Failed = ("silent", After::SameCluster);
+/// For a link to a peer's successor to come up, over TCP.
+const SUCCESSION: Duration = Duration::from_millis(300);
 /// A far gateway that drains.
 const DRAINING: &str = "rejected_draining";
 const BROKEN: Failed = ("protocol", After::SameCluster);
@@ -109,6 +111,10 @@ impl Placing<'_> {
         let mut first = true;
         while let Some(cluster) = plan.next().cloned() {
             let local = cluster == self.core.cluster;
+            if !local && let Some(old) = self.core.registry.succession(&cluster) {
+                // The link that is being dialled is worth more than a lost attempt.
+                drop(time::timeout(SUCCESSION, old.replaced()).await);
+            }
             let tunnel = if local { None } else { self.core.registry.pick(&cluster, &tried) };
             if !local && tunnel.is_none() {
                 if first {

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use isthmus_api::proto::tunnel::v1::{Closing, ControlFrame, ControlHello, control_frame::Kind};
@@ -22,6 +22,9 @@ use crate::{
     core::Core,
     frame::{self, FrameError, FrameReader, MAX_CONTROL},
 };
+
+/// For the last bytes of a drained peer's streams.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Why a control stream did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -77,7 +80,15 @@ impl Control {
                 }
                 tunnel.link.close(why);
             }
-            Some(End::ByPeer(reason)) => tunnel.link.closed_by_peer(reason),
+            Some(End::ByPeer(reason)) => {
+                tunnel.link.closed_by_peer(reason);
+                if let Link::Tcp(link) = tunnel.link.clone() {
+                    core.tasks.spawn("tunnel.linger", async move {
+                        time::sleep(LINGER).await;
+                        link.end();
+                    });
+                }
+            }
             None => {}
         }
         say_why(&mut running.control.send, &tunnel.link).await;

@@ -127,6 +127,14 @@ impl Tunnel {
         self.retired.cancel();
     }
 
+    /// Resolves when another link has taken its place, or it has ended.
+    pub(crate) async fn replaced(&self) {
+        tokio::select! {
+            () = self.retired.cancelled() => {}
+            () = self.link.closed() => {}
+        }
+    }
+
     /// Resolves when it is retired and carries nothing more.
     pub(crate) async fn spent(&self) {
         self.retired.cancelled().await;
@@ -446,6 +454,16 @@ impl Registry {
         let best = up.iter().map(class).min()?;
         let best: Vec<_> = up.iter().filter(|t| class(t) == best).cloned().collect();
         better_of_two(&best, |t| t.cost())
+    }
+
+    /// A TCP link to `cluster` whose peer is succeeded, until its replacement works. New connections of it would reach the
+    /// successor, which knows nothing of this link.
+    pub(crate) fn succession(&self, cluster: &ClusterName) -> Option<Arc<Tunnel>> {
+        let succeeded =
+            |t: &&Arc<Tunnel>| t.succeeded.is_cancelled() && !t.is_going() && t.link.transport() == Transport::Tcp;
+        let peers = self.lock();
+        let mut tunnels = of_cluster(&peers, cluster).flat_map(|peer| &peer.legs).map(|leg| &leg.tunnel);
+        tunnels.find(succeeded).cloned()
     }
 
     /// What is known of `cluster`; `None` if no gateway of it is known.

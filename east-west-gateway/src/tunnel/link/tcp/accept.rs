@@ -29,6 +29,8 @@ use crate::{
     },
 };
 
+/// For the word that a gateway is succeeded to reach its peers.
+const HEARD: Duration = Duration::from_millis(150);
 /// After a failed accept, such as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -40,6 +42,10 @@ pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
     tokio::select! {
         () = core.steps.open.cancelled() => {}
         () = core.doors.cancelled() => return,
+    }
+    if !core.steps.alone.is_cancelled() {
+        // Until peers have heard of the succession, what they dial belongs to links of the predecessor.
+        time::sleep(HEARD).await;
     }
     let sources = Arc::new(Sources::new(core.config.tunnel.tcp.max_pending_handshakes_per_source));
     loop {
@@ -115,7 +121,7 @@ impl Newcomer {
         // What it may do is asked at each use: its link is closed when its cluster may do nothing more.
         let Some(link) = core.tcp_links.find(&number, &cluster) else { return core.metrics.reject("tcp_no_link") };
         let Ok(slot) = link.slots.clone().try_acquire_owned() else { return core.metrics.reject("tcp_link_full") };
-        let connection = Connection::new(tls, link.closed.clone(), slot);
+        let connection = Connection::new(tls, link.cut.clone(), slot);
         match purpose {
             TcpPurpose::Stream => link.await_first(connection).await,
             TcpPurpose::Offer => link.put(connection),
