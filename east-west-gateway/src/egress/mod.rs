@@ -24,7 +24,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use self::endpoint::{Answered, EndpointFailure, Request};
 use crate::{
-    access::{Access, Route},
+    access::{Access, Route, Source},
     core::Core,
     frame::{self, FrameReader, MAX_HEADER},
     hello::{HelloReader, Progress},
@@ -80,6 +80,7 @@ impl Stream {
         let began = Instant::now();
         let mut reader = FrameReader::new(recv, MAX_HEADER);
         let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
+        access.came_from(Source::Peer { gateway: &tunnel.gateway, id: tunnel.link.leaf() });
         // Held until the stream has ended.
         let slot = core.stream_slots.clone().try_acquire_owned();
         let placed = match (&slot, core.admit()) {
@@ -92,6 +93,7 @@ impl Stream {
             Ok(answered) => {
                 let guard = core.metrics.stream(Direction::Egress);
                 access.accepted();
+                access.destined(&core.cluster, None, Some(answered.lease.address()));
                 if accept(&mut send, answered.first.clone()).await.is_err() {
                     link::reset(&mut send, &mut recv);
                     splice::abort(&answered.tcp);
@@ -119,6 +121,7 @@ impl Stream {
             Err(Some(refusal)) => {
                 core.metrics.reject(label(refusal.reason));
                 access.failed(label(refusal.reason));
+                access.because(refusal.detail);
                 access.finish(&core, None);
                 refuse(&mut send, &mut recv, &refusal).await;
             }

@@ -16,7 +16,7 @@ use super::{
     sources::Share,
 };
 use crate::{
-    access::{Access, Route},
+    access::{Access, Route, Source},
     choose::{Hopeless, Plan},
     core::Core,
     hello::{BadHello, HelloReader, Progress},
@@ -68,6 +68,7 @@ impl Local {
         let began = Instant::now();
         let core = self.core.clone();
         let mut access = Access::new(Direction::Ingress, core.cluster.clone(), core.cluster.clone(), began);
+        access.came_from(Source::Local(self.tcp.peer_addr().ok()));
         splice::prepare(&self.tcp);
         let (hello, route, plan) = match self.route(&mut access).await {
             Ok(routed) => routed,

@@ -10,3 +10,4 @@ mod limits;
 mod links;
 mod relay;
 mod rig;
+mod traces;

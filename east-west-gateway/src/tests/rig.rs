@@ -25,6 +25,7 @@ use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
 };
+use tracing::Dispatch;
 
 use crate::{
     Bound, BuildError, Config, Feed, Given, Inspector, View, build,
@@ -80,6 +81,19 @@ pub(super) fn config(name: &str) -> Config {
     serde_json::from_value(json).unwrap()
 }
 
+/// In what way a gateway is started.
+#[derive(Default)]
+struct How {
+    takes_over: bool,
+    log: Dispatch,
+}
+
+impl How {
+    fn succeeding() -> Self {
+        Self { takes_over: true, ..Self::default() }
+    }
+}
+
 /// One gateway.
 pub(super) struct Gateway {
     name: String,
@@ -104,9 +118,14 @@ impl Gateway {
     }
 
     pub(super) async fn start_with(name: &str, change: impl FnOnce(&mut Config)) -> Self {
+        Self::start_logging(name, Dispatch::default(), change).await
+    }
+
+    /// The same, with its log and traces going to `log`.
+    pub(super) async fn start_logging(name: &str, log: Dispatch, change: impl FnOnce(&mut Config)) -> Self {
         let mut config = config("gateway-1");
         change(&mut config);
-        Self::launch(name, config, watch::Sender::default(), false).await.unwrap()
+        Self::launch(name, config, watch::Sender::default(), How { log, ..How::default() }).await.unwrap()
     }
 
     /// One that takes over from this one, with the same view and configuration. Its addresses are in its inspector.
@@ -118,22 +137,17 @@ impl Gateway {
     pub(super) async fn stuck_successor(&self, state_dir: &Path) -> Self {
         let mut config = config("gateway-1");
         config.state_dir = state_dir.to_owned();
-        Self::launch(&self.name, config, watch::Sender::default(), true).await.unwrap()
+        Self::launch(&self.name, config, watch::Sender::default(), How::succeeding()).await.unwrap()
     }
 
     /// As [`Gateway::successor`], with another configuration.
     pub(super) async fn try_succeed(&self, change: impl FnOnce(&mut Config)) -> Result<Self, BuildError> {
         let mut config = config("gateway-1");
         change(&mut config);
-        Self::launch(&self.name, config, self.view.clone(), true).await
+        Self::launch(&self.name, config, self.view.clone(), How::succeeding()).await
     }
 
-    async fn launch(
-        name: &str,
-        config: Config,
-        view: watch::Sender<Arc<View>>,
-        takes_over: bool,
-    ) -> Result<Self, BuildError> {
+    async fn launch(name: &str, config: Config, view: watch::Sender<Arc<View>>, how: How) -> Result<Self, BuildError> {
         let given = Given {
             cluster: cluster(name),
             federation: FEDERATION.parse().unwrap(),
@@ -141,9 +155,15 @@ impl Gateway {
             trust: trust(),
             view: view.subscribe(),
         };
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let mut runtime = Builder::new_multi_thread();
+        runtime.worker_threads(1).enable_all();
+        runtime.on_thread_start(move || {
+            // For as long as the thread lives.
+            std::mem::forget(tracing::dispatcher::set_default(&how.log));
+        });
+        let runtime = runtime.build().unwrap();
         let given = Feed::Given(given);
-        let bound = match takes_over {
+        let bound = match how.takes_over {
             true => runtime.spawn(take_over(config, given)).await.unwrap(),
             false => runtime.spawn(build(config, given)).await.unwrap(),
         };
