@@ -260,6 +260,26 @@ async fn a_gateway_enrols_once_follows_its_agent_and_restarts_from_disk_without_
 }
 
 #[tokio::test]
+async fn a_gateway_that_drains_tells_its_agent_before_it_closes_any_door() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, token, _serving) = Agent::serve().await;
+    std::fs::write(dir.path().join("token"), token.encode()).unwrap();
+    let mut config = Fed::config(dir.path(), 0);
+    config.drain.accept_for = Duration::from_secs(2);
+    let gateway = Fed::run(build(config, Feed::Agent).await.unwrap());
+    let global = state();
+    agent.send_global(&global).await;
+    agent.hears("the state is applied", applied(&global)).await;
+    gateway.becomes_ready().await;
+    let core = gateway.inspector.core().unwrap();
+    gateway.stop.send(()).unwrap();
+    agent.hears("it drains", |up| matches!(up, Up::Draining(_))).await;
+    assert!(core.draining.is_cancelled() && !core.closing.is_cancelled() && !core.doors.is_cancelled());
+    drop(core);
+    gateway.ended.await.unwrap().unwrap();
+}
+
+#[tokio::test]
 async fn an_older_or_foreign_state_is_refused_and_the_one_held_stands() {
     let dir = tempfile::tempdir().unwrap();
     let (agent, token, _serving) = Agent::serve().await;
