@@ -141,9 +141,9 @@ fn tunnel() -> Seeds {
         control(Kind::Hello(ControlHello { version: 1, gateway: "gateway-1".to_owned() })),
         update(true, &[("orders", 2), ("cart", 1)], &[]),
         control(Kind::Ping(Ping { sequence: 1, load_permille: 0 })),
-        control(Kind::Pong(Ping { sequence: 7, load_permille: 700 })),
+        control(Kind::Pong(Ping { sequence: 7, load_permille: 900 })),
         update(false, &[("orders", 0)], &["cart"]),
-        control(Kind::Goaway(Goaway {})),
+        control(Kind::Goaway(Goaway { successor: false })),
     ]
     .concat();
     vec![

@@ -16,7 +16,7 @@ use super::{
     sources::Share,
 };
 use crate::{
-    access::{Access, Route},
+    access::{Access, Route, Source},
     choose::{Hopeless, Plan},
     core::Core,
     hello::{BadHello, HelloReader, Progress},
@@ -68,6 +68,7 @@ impl Local {
         let began = Instant::now();
         let core = self.core.clone();
         let mut access = Access::new(Direction::Ingress, core.cluster.clone(), core.cluster.clone(), began);
+        access.came_from(Source::Local(self.tcp.peer_addr().ok()));
         splice::prepare(&self.tcp);
         // What comes before the carrying is boxed, here and below: it takes much more memory, and only for a moment.
         let (hello, route, plan) = match Box::pin(self.route(&mut access)).await {
@@ -118,6 +119,7 @@ impl Local {
         let guard = core.metrics.stream(Direction::Ingress);
         let limits = Limits {
             idle: core.config.ingress.idle_timeout,
+            lifetime: core.config.ingress.max_lifetime,
             stalled: placed.held.tunnel().and_then(|tunnel| tunnel.stalled.as_ref()),
             force: &core.stop,
             draining: &core.draining,
