@@ -29,6 +29,30 @@ pub(crate) struct Cluster {
     pub(crate) consumers: Vec<Consumer>,
     #[serde(default)]
     pub(crate) problems: Vec<Problem>,
+    #[serde(default)]
+    pub(crate) tunnels: Vec<Tunnel>,
+}
+
+/// What one of the cluster's gateways says of its link to one of another cluster's.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Tunnel {
+    /// The near gateway.
+    pub(crate) from: String,
+    /// The far cluster, and its gateway.
+    pub(crate) cluster: String,
+    pub(crate) gateway: String,
+    pub(crate) up: bool,
+    #[serde(default)]
+    pub(crate) rtt_us: u32,
+    #[serde(default)]
+    pub(crate) transport: String,
+    #[serde(default)]
+    pub(crate) downgraded: bool,
+    #[serde(default)]
+    pub(crate) loss_ppm: u32,
+    #[serde(default)]
+    pub(crate) cwnd_bytes: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]

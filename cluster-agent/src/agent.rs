@@ -237,10 +237,10 @@ fn start_hub(
     };
     let members = load_members(&disk);
     for name in members.gateways.keys() {
-        status.connected(ConsumerKind::Gateway, name, false);
+        status.remember(ConsumerKind::Gateway, name);
     }
     for name in members.sidecars.keys() {
-        status.connected(ConsumerKind::Sidecar, name, false);
+        status.remember(ConsumerKind::Sidecar, name);
     }
     let now = Timestamp(isthmus_runtime::now());
     let objects = manifests.borrow().clone();

@@ -17,7 +17,7 @@ pub(crate) fn router(hub: Hub, status: StatusBoard) -> Router {
 }
 
 async fn view(State((hub, status)): State<(Hub, StatusBoard)>) -> Json<Value> {
-    let Standing { consumers, problems } = status.standing();
+    let Standing { consumers, problems, tunnels } = status.standing();
     let view = hub.view.borrow().clone();
     let now = Timestamp(isthmus_runtime::now());
     let endpoints: serde_json::Map<String, Value> = view
@@ -52,5 +52,6 @@ async fn view(State((hub, status)): State<(Hub, StatusBoard)>) -> Json<Value> {
         "choices": choices,
         "consumers": consumers,
         "problems": problems,
+        "tunnels": tunnels,
     }))
 }

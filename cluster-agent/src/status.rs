@@ -10,7 +10,10 @@ use std::{
 };
 
 use isthmus_api::convert::{ConsumerKind, ConsumerStatus, Problem, limits};
-use isthmus_model::ids::Stamp;
+use isthmus_model::{
+    ids::Stamp,
+    local::{TunnelReport, TunnelState},
+};
 use tokio::sync::watch;
 
 /// Problems kept per area; more are counted, not kept.
@@ -50,10 +53,38 @@ pub struct StatusBoard {
 
 #[derive(Debug, Default)]
 struct Board {
-    consumers: BTreeMap<(ConsumerKind, String), ConsumerStatus>,
+    consumers: BTreeMap<Key, Consumer>,
     problems: BTreeMap<Area, Vec<Problem>>,
-    /// The latest stream of each consumer that is up.
-    sessions: BTreeMap<(ConsumerKind, String), u64>,
+}
+
+type Key = (ConsumerKind, String);
+
+/// All that is heard under one name. There may be several streams of it: a connection that nobody has found dead yet
+/// beside its successor, or a process beside the one that takes over from it.
+#[derive(Debug, Default)]
+struct Consumer {
+    /// By age. The newest counts.
+    live: BTreeMap<u64, Word>,
+    /// The last word of before, and of those who have no stream here.
+    last: Word,
+    /// Of those who have no stream here.
+    connected: bool,
+}
+
+/// What one stream says of its consumer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Word {
+    applied: Option<Stamp>,
+    problems: Vec<String>,
+    tunnels: Vec<TunnelState>,
+}
+
+/// One stream of a consumer, for as long as it lives.
+#[derive(Debug)]
+pub struct Attached {
+    board: StatusBoard,
+    key: Key,
+    session: u64,
 }
 
 /// Everything on the board at one moment.
@@ -63,6 +94,8 @@ pub struct Standing {
     pub consumers: Vec<ConsumerStatus>,
     /// Of all areas, in their order.
     pub problems: Vec<Problem>,
+    /// Of the gateways that are connected, by name.
+    pub tunnels: Vec<TunnelReport>,
 }
 
 impl Default for StatusBoard {
@@ -79,52 +112,28 @@ impl StatusBoard {
 
     /// The sidecar's Envoy has acknowledged everything up to `stamp`.
     pub fn sidecar_applied(&self, name: &str, stamp: Stamp) {
-        self.applied(ConsumerKind::Sidecar, name, stamp);
+        self.update(ConsumerKind::Sidecar, name, |c| c.last.applied = Some(stamp));
     }
 
-    /// What the sidecar's Envoy refuses now (its NACKs); empty when it accepts everything.
+    /// What the sidecar's Envoy refuses now (its NACKs), whole; empty when it accepts everything.
     pub fn sidecar_problem(&self, name: &str, problems: Vec<String>) {
-        self.consumer_problems(ConsumerKind::Sidecar, name, problems);
-    }
-
-    /// What keeps a consumer from doing all it should, whole; empty when nothing does.
-    pub fn consumer_problems(&self, kind: ConsumerKind, name: &str, problems: Vec<String>) {
-        let problems = problems.into_iter().take(limits::CONSUMER_PROBLEMS).map(cut).collect();
-        self.update(kind, name, |c| c.problems = problems);
+        self.update(ConsumerKind::Sidecar, name, |c| c.last.problems = bounded(problems));
     }
 
     /// The sidecar's ADS stream came up or went down.
     pub fn sidecar_connected(&self, name: &str, connected: bool) {
-        self.connected(ConsumerKind::Sidecar, name, connected);
+        self.update(ConsumerKind::Sidecar, name, |c| c.connected = connected);
     }
 
-    /// A consumer has applied `stamp`.
-    pub fn applied(&self, kind: ConsumerKind, name: &str, stamp: Stamp) {
-        self.update(kind, name, |c| c.applied = Some(stamp));
+    /// A consumer of before a restart, which has not been heard since.
+    pub fn remember(&self, kind: ConsumerKind, name: &str) {
+        self.update(kind, name, |_| ());
     }
 
-    /// A consumer's stream came up or went down.
-    pub fn connected(&self, kind: ConsumerKind, name: &str, connected: bool) {
-        self.update(kind, name, |c| c.connected = connected);
-    }
-
-    /// A consumer's stream of this number came up.
-    pub fn attached(&self, kind: ConsumerKind, name: &str, session: u64) {
-        let mut board = self.lock();
-        let current = board.sessions.entry((kind, name.to_owned())).or_insert(session);
-        *current = session.max(*current);
-        drop(board);
-        self.connected(kind, name, true);
-    }
-
-    /// It ended. An older stream's end does not count when a newer one is up.
-    pub fn detached(&self, kind: ConsumerKind, name: &str, session: u64) {
-        let mut board = self.lock();
-        if board.sessions.get(&(kind, name.to_owned())) == Some(&session) {
-            board.sessions.remove(&(kind, name.to_owned()));
-            drop(board);
-            self.connected(kind, name, false);
-        }
+    /// A consumer's stream of this number came up; numbers grow. Of a name's streams the newest counts.
+    pub fn attach(&self, kind: ConsumerKind, name: &str, session: u64) -> Attached {
+        self.update(kind, name, |c| drop(c.live.insert(session, Word::default())));
+        Attached { board: self.clone(), key: (kind, name.to_owned()), session }
     }
 
     /// Forgets a consumer that is gone for good.
@@ -158,9 +167,14 @@ impl StatusBoard {
     /// Everything, now.
     pub fn standing(&self) -> Standing {
         let board = self.lock();
+        let tunnels = board.consumers.iter().flat_map(|((_, name), consumer)| {
+            let report = |t: &TunnelState| TunnelReport { from: name.clone(), tunnel: t.clone() };
+            consumer.word().tunnels.iter().map(report)
+        });
         Standing {
-            consumers: board.consumers.values().cloned().collect(),
+            consumers: board.consumers.iter().map(|(key, consumer)| consumer.status(key)).collect(),
             problems: board.problems.values().flatten().cloned().collect(),
+            tunnels: tunnels.collect(),
         }
     }
 
@@ -175,19 +189,17 @@ impl StatusBoard {
         self.changed.subscribe()
     }
 
-    fn update(&self, kind: ConsumerKind, name: &str, change: impl FnOnce(&mut ConsumerStatus)) {
+    fn update(&self, kind: ConsumerKind, name: &str, change: impl FnOnce(&mut Consumer)) {
+        let key = (kind, name.to_owned());
         let mut board = self.lock();
-        let entry = board.consumers.entry((kind, name.to_owned())).or_insert_with(|| ConsumerStatus {
-            kind,
-            name: name.to_owned(),
-            applied: None,
-            connected: false,
-            problems: Vec::new(),
+        let before = board.consumers.get(&key).map(|c| (c.status(&key), c.word().tunnels.clone()));
+        let consumer = board.consumers.entry(key.clone()).or_default();
+        change(consumer);
+        let same = before.is_some_and(|(status, tunnels)| {
+            status == consumer.status(&key) && same_but_for_measures(&tunnels, &consumer.word().tunnels)
         });
-        let before = entry.clone();
-        change(entry);
-        if *entry != before {
-            drop(board);
+        drop(board);
+        if !same {
             self.signal();
         }
     }
@@ -200,6 +212,71 @@ impl StatusBoard {
         // Every update leaves the maps whole, so a panic elsewhere does not make them unusable.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Consumer {
+    fn word(&self) -> &Word {
+        self.live.last_key_value().map_or(&self.last, |(_, word)| word)
+    }
+
+    fn status(&self, (kind, name): &Key) -> ConsumerStatus {
+        let word = self.word();
+        ConsumerStatus {
+            kind: *kind,
+            name: name.clone(),
+            applied: word.applied,
+            connected: self.connected || !self.live.is_empty(),
+            problems: word.problems.clone(),
+        }
+    }
+}
+
+impl Attached {
+    /// It has applied `stamp`.
+    pub fn applied(&self, stamp: Stamp) {
+        self.say(|word| word.applied = Some(stamp));
+    }
+
+    /// What keeps it from doing all it should, whole; empty when nothing does.
+    pub fn problems(&self, problems: Vec<String>) {
+        self.say(|word| word.problems = bounded(problems));
+    }
+
+    /// Where its tunnels stand, whole. Measures alone signal no change: they go along with the next one.
+    pub fn tunnels(&self, tunnels: Vec<TunnelState>) {
+        self.say(|word| word.tunnels = tunnels);
+    }
+
+    fn say(&self, change: impl FnOnce(&mut Word)) {
+        let (kind, name) = &self.key;
+        self.board.update(*kind, name, |c| {
+            if let Some(word) = c.live.get_mut(&self.session) {
+                change(word);
+            }
+        });
+    }
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        let (kind, name) = &self.key;
+        self.board.update(*kind, name, |c| {
+            if let Some(word) = c.live.remove(&self.session)
+                && c.live.is_empty()
+            {
+                // Where the tunnels of one stand that is not heard is not known.
+                c.last = Word { tunnels: Vec::new(), ..word };
+            }
+        });
+    }
+}
+
+fn bounded(problems: Vec<String>) -> Vec<String> {
+    problems.into_iter().take(limits::CONSUMER_PROBLEMS).map(cut).collect()
+}
+
+fn same_but_for_measures(a: &[TunnelState], b: &[TunnelState]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.same_but_for_measures(b))
 }
 
 /// A problem of a whole thing, not of one field.
@@ -218,7 +295,10 @@ fn cut(mut text: String) -> String {
 
 #[cfg(test)]
 mod tests {
-    use isthmus_model::ids::{Epoch, Revision};
+    use isthmus_model::{
+        ids::{Epoch, Revision},
+        local::Transport,
+    };
 
     use super::*;
 
@@ -248,11 +328,67 @@ mod tests {
     #[test]
     fn a_consumers_problems_are_replaced_whole_and_stay_bounded() {
         let board = StatusBoard::new();
-        let problems = |board: &StatusBoard| board.standing().consumers[0].problems.clone();
-        board.consumer_problems(ConsumerKind::Gateway, "gateway-1", vec!["a port is taken".to_owned(); 500]);
-        assert_eq!(problems(&board).len(), limits::CONSUMER_PROBLEMS);
-        board.consumer_problems(ConsumerKind::Gateway, "gateway-1", Vec::new());
-        assert!(problems(&board).is_empty());
+        let stream = board.attach(ConsumerKind::Gateway, "gateway-1", 1);
+        stream.problems(vec!["a port is taken".to_owned(); 500]);
+        assert_eq!(gateway(&board).problems.len(), limits::CONSUMER_PROBLEMS);
+        stream.problems(Vec::new());
+        assert!(gateway(&board).problems.is_empty());
+    }
+
+    fn gateway(board: &StatusBoard) -> ConsumerStatus {
+        board.standing().consumers.remove(0)
+    }
+
+    fn stamp(revision: u64) -> Stamp {
+        Stamp { epoch: Epoch(1), revision: Revision(revision) }
+    }
+
+    #[test]
+    fn the_newest_stream_of_a_name_counts_and_an_older_one_again_when_it_is_gone() {
+        let board = StatusBoard::new();
+        let old = board.attach(ConsumerKind::Gateway, "gateway-1", 1);
+        old.applied(stamp(3));
+        let new = board.attach(ConsumerKind::Gateway, "gateway-1", 2);
+        assert_eq!((gateway(&board).connected, gateway(&board).applied), (true, None));
+        old.applied(stamp(4));
+        old.problems(vec!["old".to_owned()]);
+        assert_eq!((gateway(&board).applied, gateway(&board).problems), (None, Vec::new()));
+        new.applied(stamp(5));
+        drop(new);
+        assert_eq!((gateway(&board).connected, gateway(&board).applied), (true, Some(stamp(4))));
+        let newer = board.attach(ConsumerKind::Gateway, "gateway-1", 3);
+        newer.applied(stamp(6));
+        drop(old);
+        assert_eq!((gateway(&board).connected, gateway(&board).applied), (true, Some(stamp(6))));
+        drop(newer);
+        assert_eq!((gateway(&board).connected, gateway(&board).applied), (false, Some(stamp(6))));
+    }
+
+    #[test]
+    fn tunnels_are_known_while_their_gateway_is_connected_and_measures_alone_do_not_signal() {
+        let tunnel = |up, rtt_us, loss_ppm| TunnelState {
+            cluster: "us-west".parse().unwrap(),
+            gateway: "gateway-1".to_owned(),
+            up,
+            rtt_us,
+            transport: Transport::Quic,
+            downgraded: false,
+            loss_ppm,
+            cwnd_bytes: 0,
+        };
+        let board = StatusBoard::new();
+        let stream = board.attach(ConsumerKind::Gateway, "gateway-2", 1);
+        stream.tunnels(vec![tunnel(true, 700, 0)]);
+        let mut changes = board.changes();
+        stream.tunnels(vec![tunnel(true, 900, 4)]);
+        assert!(!changes.has_changed().unwrap());
+        let report = TunnelReport { from: "gateway-2".to_owned(), tunnel: tunnel(true, 900, 4) };
+        assert_eq!(board.standing().tunnels, [report], "the latest measures go along with the next report");
+        stream.tunnels(vec![TunnelState { transport: Transport::Tcp, downgraded: true, ..tunnel(true, 900, 4) }]);
+        assert!(changes.has_changed().unwrap());
+        changes.mark_unchanged();
+        drop(stream);
+        assert!(board.standing().tunnels.is_empty() && changes.has_changed().unwrap());
     }
 
     #[test]

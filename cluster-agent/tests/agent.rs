@@ -81,13 +81,25 @@ async fn a_gateway_enrols_gets_state_and_endpoints_and_is_published() {
     control.set_state(2);
     feed.revision(2).await;
     feed.say(gateway_message::Kind::Applied(common::Stamp { epoch: 1, revision: 2 })).await;
-    feed.say(gateway_message::Kind::Availability(AvailabilityReport::default())).await;
+    let tunnel = common::TunnelStatus {
+        cluster: "us-west".to_owned(),
+        gateway: "gateway-2".to_owned(),
+        up: true,
+        transport: common::Transport::Tcp.into(),
+        downgraded: true,
+        ..Default::default()
+    };
+    let report = AvailabilityReport { tunnels: vec![tunnel], ..Default::default() };
+    feed.say(gateway_message::Kind::Availability(report)).await;
     feed.say(gateway_message::Kind::Problems(Problems { texts: vec!["a port is taken".to_owned()] })).await;
     eventually("the gateway is published and its revision reported", async || {
         let seen = control.seen.lock().unwrap();
         let published = seen.publications.last().is_some_and(|p| p.gateways.len() == 1);
         let gateway = seen.status.consumers.iter().find(|c| c.name == "gateway-1");
+        let downgraded =
+            seen.status.tunnels.iter().any(|t| t.from == "gateway-1" && t.tunnel.up && t.tunnel.downgraded);
         published
+            && downgraded
             && gateway.is_some_and(|g| {
                 g.connected && g.applied == Some(support::stamp(2)) && g.problems == ["a port is taken"]
             })

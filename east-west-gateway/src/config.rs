@@ -4,11 +4,13 @@
 //! ordered, ports do not overlap. Errors name the field and say what is allowed.
 
 use std::{
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::Duration,
 };
 
+use isthmus_model::ids::ClusterName;
 use isthmus_runtime::{
     config::{Problems, Validate},
     telemetry::TelemetryConfig,
@@ -28,7 +30,7 @@ pub struct Config {
     pub agent_token_file: Option<PathBuf>,
     /// Where to listen.
     pub listen: Listen,
-    /// The UDP address that peers dial, if it is not `listen.tunnel`.
+    /// The address that peers dial (UDP, and TCP where a link uses that), if it is not `listen.tunnel`.
     #[serde(default)]
     pub advertise: Option<SocketAddr>,
     /// Tunnels to other clusters' gateways.
@@ -55,7 +57,7 @@ pub struct Config {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Listen {
-    /// UDP, for tunnels: accepted and dialled from.
+    /// For tunnels, UDP (accepted and dialled from) and TCP (accepted).
     pub tunnel: SocketAddr,
     /// The IP that local sidecars dial.
     pub local: IpAddr,
@@ -67,7 +69,7 @@ pub struct Listen {
     pub health: SocketAddr,
 }
 
-/// QUIC and its probing.
+/// Links to other clusters' gateways, and their probing.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct TunnelConfig {
@@ -100,6 +102,88 @@ pub struct TunnelConfig {
     pub connection_window_bytes: u32,
     /// Asked of the system for the UDP socket, each way.
     pub socket_buffer_bytes: usize,
+    /// QUIC's congestion controller.
+    pub congestion: Congestion,
+    /// QUIC connections to each peer gateway.
+    pub connections_per_peer: usize,
+    /// What the links that this gateway dials run over.
+    pub transport: LinkTransport,
+    /// The same for links to single clusters, by the cluster's name.
+    pub links: BTreeMap<ClusterName, LinkTransport>,
+    /// With `auto`: TCP is used when there is no QUIC for so long.
+    #[serde(with = "humantime_serde")]
+    pub fallback_after: Duration,
+    /// Links over TCP.
+    pub tcp: TcpConfig,
+}
+
+/// What a link may run over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum LinkTransport {
+    /// QUIC only: whoever blocks UDP does not choose the transport.
+    #[default]
+    Quic,
+    /// TCP only.
+    Tcp,
+    /// QUIC, and TCP while QUIC does not get through. The change is logged, counted, and shown in the status.
+    Auto,
+}
+
+/// QUIC's congestion controller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Congestion {
+    /// RFC 9438.
+    #[default]
+    Cubic,
+    /// Model-based; for paths that lose packets without being congested. Experimental in the library we use.
+    Bbr,
+    /// RFC 9002, 7.
+    NewReno,
+}
+
+/// The connections of a link over TCP: each carries one stream.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct TcpConfig {
+    /// Kept warm in quiet times.
+    pub min_warm: usize,
+    /// Kept warm at most, when streams are opened often.
+    pub max_warm: usize,
+    /// A warm connection is replaced when it gets so old unused.
+    #[serde(with = "humantime_serde")]
+    pub idle_timeout: Duration,
+    /// Connections of one link: streams, warm ones, and the control connection.
+    pub max_connections_per_link: usize,
+    /// Sent bytes that are not acknowledged for so long end a connection (TCP_USER_TIMEOUT).
+    #[serde(with = "humantime_serde")]
+    pub user_timeout: Duration,
+    /// Handshakes of peers under way.
+    pub max_pending_handshakes: usize,
+    /// Of these, from one source address.
+    pub max_pending_handshakes_per_source: usize,
+}
+
+impl Default for TcpConfig {
+    fn default() -> Self {
+        Self {
+            min_warm: 4,
+            max_warm: 64,
+            idle_timeout: Duration::from_secs(60),
+            max_connections_per_link: 16_384,
+            user_timeout: Duration::from_secs(10),
+            max_pending_handshakes: 1_024,
+            max_pending_handshakes_per_source: 256,
+        }
+    }
+}
+
+impl TunnelConfig {
+    /// What links to `cluster` run over.
+    pub(crate) fn transport_to(&self, cluster: &ClusterName) -> LinkTransport {
+        self.links.get(cluster).copied().unwrap_or(self.transport)
+    }
 }
 
 impl Default for TunnelConfig {
@@ -117,6 +201,12 @@ impl Default for TunnelConfig {
             stream_window_bytes: 1 << 20,
             connection_window_bytes: 16 << 20,
             socket_buffer_bytes: 4 << 20,
+            congestion: Congestion::default(),
+            connections_per_peer: 1,
+            transport: LinkTransport::default(),
+            links: BTreeMap::new(),
+            fallback_after: Duration::from_secs(1),
+            tcp: TcpConfig::default(),
         }
     }
 }
@@ -268,6 +358,17 @@ impl Validate for Config {
             t.stream_window_bytes >= 16 * 1024 && t.connection_window_bytes >= t.stream_window_bytes,
             "tunnel.streamWindowBytes",
             "must be at least 16384, and at most tunnel.connectionWindowBytes".to_owned(),
+        );
+        check((1..=16).contains(&t.connections_per_peer), "tunnel.connectionsPerPeer", "use 1 to 16".to_owned());
+        check(
+            t.tcp.max_warm >= t.tcp.min_warm.max(1) && t.tcp.max_connections_per_link > t.tcp.max_warm,
+            "tunnel.tcp.maxWarm",
+            "must be at least 1 and tunnel.tcp.minWarm, and below tunnel.tcp.maxConnectionsPerLink".to_owned(),
+        );
+        check(
+            t.tcp.idle_timeout <= Duration::from_secs(60) && t.tcp.idle_timeout >= Duration::from_secs(1),
+            "tunnel.tcp.idleTimeout",
+            "use 1s to 60s".to_owned(),
         );
         let i = &self.ingress;
         check(

@@ -18,8 +18,6 @@ use isthmus_model::{
     time::Timestamp,
 };
 use isthmus_runtime::tasks::Tasks;
-use quinn::Connection;
-use rustls::pki_types::CertificateDer;
 use tokio::{
     sync::{Semaphore, watch},
     time,
@@ -33,7 +31,11 @@ use crate::{
     metrics::Metrics,
     observed::Observed,
     standing::Standing,
-    tunnel::{accept::Inbound, endpoint::Identity, registry::Registry},
+    tunnel::{
+        accept::Inbound,
+        link::{Link, quic::Identity, tcp},
+        registry::Registry,
+    },
     view::View,
 };
 
@@ -53,8 +55,12 @@ pub(crate) struct Core {
     pub(crate) tasks: Tasks,
     /// What the agent is told of this gateway.
     pub(crate) standing: Standing,
-    /// Connections and handshakes of peers.
+    /// Links that peers have dialled over TCP.
+    pub(crate) tcp_links: tcp::Links,
+    /// Links of peers, and their QUIC handshakes.
     pub(crate) peer_slots: Arc<Semaphore>,
+    /// TCP connections of peers whose first frame is still to come.
+    pub(crate) tcp_handshakes: Arc<Semaphore>,
     /// Streams of all peers.
     pub(crate) stream_slots: Arc<Semaphore>,
     /// Connections of local sidecars.
@@ -98,7 +104,9 @@ impl Core {
             registry: Registry::default(),
             standing: Standing::new(metrics.clone()),
             inbound: Inbound::default(),
+            tcp_links: tcp::Links::default(),
             peer_slots: slots(config.tunnel.max_connections),
+            tcp_handshakes: slots(config.tunnel.tcp.max_pending_handshakes),
             stream_slots: slots(config.egress.max_streams),
             local_slots: slots(ingress.max_connections),
             hello_slots: slots(ingress.max_pending_hellos),
@@ -150,16 +158,30 @@ impl Core {
         Some(self.observed.candidates(global.services.get(service)?, port, global))
     }
 
-    /// Resolves when the peer's certificate ends: a connection must not outlive what proved it.
-    pub(crate) async fn expiry(&self, connection: &Connection) {
+    /// Links to `cluster` came or went.
+    pub(crate) fn links_changed(&self, cluster: &ClusterName) {
+        self.metrics.tunnels(cluster, self.registry.count(cluster));
+        self.metrics.downgraded(cluster, self.registry.downgraded(cluster));
+        self.refresh(cluster);
+        self.observed.touch();
+    }
+
+    /// How full this gateway is, in permille of the streams that it takes from peers.
+    pub(crate) fn load_permille(&self) -> u32 {
+        let max = self.config.egress.max_streams.max(1);
+        let used = max.saturating_sub(self.stream_slots.available_permits());
+        u32::try_from(used.saturating_mul(1_000) / max).unwrap_or(u32::MAX)
+    }
+
+    /// Resolves when the peer's certificate ends: a link must not outlive what proved it.
+    pub(crate) async fn expiry(&self, link: &Link) {
         // The handshake has verified this very leaf; without an end it would not have.
-        let ends = ends(connection).map_or(0, |at| at.0);
+        let ends = expires(link).map_or(0, |at| at.0);
         time::sleep(Duration::from_millis(ends.saturating_sub(isthmus_runtime::now()))).await;
     }
 }
 
-fn ends(connection: &Connection) -> Option<Timestamp> {
-    let identity = connection.peer_identity()?;
-    let certificates = identity.downcast_ref::<Vec<CertificateDer<'static>>>()?;
-    svid::expiry_of(certificates.first()?).ok()
+/// When the peer's certificate ends.
+pub(crate) fn expires(link: &Link) -> Option<Timestamp> {
+    svid::expiry_of(&link.leaf()?).ok()
 }

@@ -1,19 +1,19 @@
 //! Frames inside a tunnel: a protobuf message preceded by its length in two bytes, big endian (docs/tunnel.md).
 //!
 //! In and out: bytes and messages. [`Decoder`] is sans-IO: how the bytes are cut never changes the messages. A length
-//! beyond the reader's own limit is refused before anything is allocated for it. [`FrameReader`] puts a QUIC stream in
+//! beyond the reader's own limit is refused before anything is allocated for it. [`FrameReader`] puts a stream in
 //! front; its `next` may be cancelled without losing bytes.
 
 use bytes::{Buf, Bytes, BytesMut};
 use prost::Message;
-use quinn::RecvStream;
+
+use crate::tunnel::link::{Broken, RecvHalf};
 
 /// The longest header or reply of a carried connection.
 pub(crate) const MAX_HEADER: usize = 2 * 1024;
 /// The longest control frame: all that the length prefix can say.
 pub(crate) const MAX_CONTROL: usize = 65_535;
 const PREFIX: usize = 2;
-const READ: usize = 64 * 1024;
 
 /// Why a frame cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -34,7 +34,7 @@ pub(crate) enum FrameError {
     Ended,
     /// The stream broke.
     #[error("the stream broke")]
-    Broken(#[source] quinn::ReadError),
+    Broken(#[source] Broken),
 }
 
 /// `message` with its length in front.
@@ -86,16 +86,16 @@ impl Decoder {
     }
 }
 
-/// Messages from a QUIC stream.
+/// Messages from a stream.
 #[derive(Debug)]
 pub(crate) struct FrameReader {
-    recv: RecvStream,
+    recv: RecvHalf,
     decoder: Decoder,
 }
 
 impl FrameReader {
     /// Refuses frames longer than `max`.
-    pub(crate) fn new(recv: RecvStream, max: usize) -> Self {
+    pub(crate) fn new(recv: RecvHalf, max: usize) -> Self {
         Self { recv, decoder: Decoder::new(max) }
     }
 
@@ -105,9 +105,9 @@ impl FrameReader {
             if let Some(message) = self.decoder.next()? {
                 return Ok(message);
             }
-            // `read_chunk` is cancel-safe: a chunk is taken only when it is returned.
-            let chunk = self.recv.read_chunk(READ, true).await.map_err(FrameError::Broken)?;
-            self.decoder.push(&chunk.ok_or(FrameError::Ended)?.bytes);
+            // Cancel-safe: a chunk is taken only when it is returned.
+            let chunk = self.recv.chunk().await.map_err(FrameError::Broken)?;
+            self.decoder.push(&chunk.ok_or(FrameError::Ended)?);
         }
     }
 
@@ -116,12 +116,12 @@ impl FrameReader {
         if !self.decoder.buffer.is_empty() {
             return Ok(self.decoder.buffer.split().freeze());
         }
-        let chunk = self.recv.read_chunk(READ, true).await.map_err(FrameError::Broken)?;
-        Ok(chunk.ok_or(FrameError::Ended)?.bytes)
+        let chunk = self.recv.chunk().await.map_err(FrameError::Broken)?;
+        chunk.ok_or(FrameError::Ended)
     }
 
     /// The stream, and the bytes read from it that no frame has used.
-    pub(crate) fn into_parts(self) -> (RecvStream, Bytes) {
+    pub(crate) fn into_parts(self) -> (RecvHalf, Bytes) {
         (self.recv, self.decoder.into_rest())
     }
 }

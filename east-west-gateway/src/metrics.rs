@@ -2,13 +2,18 @@
 
 use std::time::Duration;
 
-use isthmus_model::ids::{ClusterName, Stamp};
+use isthmus_model::{
+    ids::{ClusterName, Stamp},
+    local::Transport,
+};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
 };
 
 use isthmus_runtime::health::Registry;
+
+use crate::tunnel::registry::Tunnel;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
@@ -29,6 +34,12 @@ struct DirectionLabel {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ClusterLabel {
     cluster: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct GatewayLabels {
+    cluster: String,
+    gateway: String,
 }
 
 /// Which way a connection is carried.
@@ -63,6 +74,11 @@ pub(crate) struct Metrics {
     tunnels: Family<ClusterLabel, Gauge>,
     rtt: DynHistogram,
     first_byte: DynHistogram,
+    downgraded: Family<ClusterLabel, Gauge>,
+    downgrades: Family<ClusterLabel, Counter>,
+    path_packets: Family<GatewayLabels, Counter>,
+    path_lost: Family<GatewayLabels, Counter>,
+    path_window: Family<GatewayLabels, Gauge>,
     ejections: Counter,
     epoch: Gauge,
     revision: Gauge,
@@ -91,6 +107,11 @@ impl Metrics {
             tunnels: Family::default(),
             rtt: Family::new_with_constructor(rtt_histogram),
             first_byte: Family::new_with_constructor(first_byte_histogram),
+            downgraded: Family::default(),
+            downgrades: Family::default(),
+            path_packets: Family::default(),
+            path_lost: Family::default(),
+            path_window: Family::default(),
             ejections: Counter::default(),
             epoch: Gauge::default(),
             revision: Gauge::default(),
@@ -104,7 +125,20 @@ impl Metrics {
         registry.register("isthmus_gateway_open_streams", "Connections being carried", m.open_streams);
         registry.register("isthmus_gateway_streams", "Connections carried so far", m.streams);
         registry.register("isthmus_gateway_stream_bytes", "Bytes carried, both ways together", m.stream_bytes);
-        registry.register("isthmus_gateway_tunnels", "Working tunnels that this gateway dialled", m.tunnels);
+        registry.register("isthmus_gateway_tunnels", "Working links, whoever dialled them", m.tunnels);
+        registry.register(
+            "isthmus_gateway_links_downgraded",
+            "Peers reached over TCP although QUIC is preferred",
+            m.downgraded,
+        );
+        registry.register("isthmus_gateway_link_downgrades", "Changes from QUIC to TCP so far", m.downgrades);
+        registry.register("isthmus_gateway_path_packets", "QUIC packets sent to a peer gateway", m.path_packets);
+        registry.register("isthmus_gateway_path_packets_lost", "Of these, found lost", m.path_lost);
+        registry.register(
+            "isthmus_gateway_path_congestion_window_bytes",
+            "Congestion window of the link that a probe came back on last",
+            m.path_window,
+        );
         registry.register("isthmus_gateway_tunnel_rtt_seconds", "Round trips of tunnel probes", m.rtt);
         registry.register(
             "isthmus_gateway_first_byte_seconds",
@@ -175,6 +209,39 @@ impl Metrics {
     pub(crate) fn forget_cluster(&self, cluster: &ClusterName) {
         self.tunnels.remove(&ClusterLabel { cluster: cluster.to_string() });
         self.rtt.remove(&ClusterLabel { cluster: cluster.to_string() });
+        self.downgraded.remove(&ClusterLabel { cluster: cluster.to_string() });
+    }
+
+    /// How many peers of `cluster` are reached over TCP for want of QUIC.
+    pub(crate) fn downgraded(&self, cluster: &ClusterName, peers: usize) {
+        let peers = i64::try_from(peers).unwrap_or(i64::MAX);
+        self.downgraded.get_or_create(&ClusterLabel { cluster: cluster.to_string() }).set(peers);
+    }
+
+    /// A peer of `cluster` is from now on reached over TCP for want of QUIC.
+    pub(crate) fn downgrade(&self, cluster: &ClusterName) {
+        self.downgrades.get_or_create(&ClusterLabel { cluster: cluster.to_string() }).inc();
+    }
+
+    /// What a link's transport tells of its path.
+    pub(crate) fn path(&self, tunnel: &Tunnel) {
+        if tunnel.link.transport() == Transport::Tcp {
+            return;
+        }
+        let labels = GatewayLabels { cluster: tunnel.cluster.to_string(), gateway: tunnel.gateway.clone() };
+        let (sent, lost) = tunnel.count_packets();
+        self.path_packets.get_or_create(&labels).inc_by(sent);
+        self.path_lost.get_or_create(&labels).inc_by(lost);
+        let window = i64::try_from(tunnel.link.path().window).unwrap_or(i64::MAX);
+        self.path_window.get_or_create(&labels).set(window);
+    }
+
+    /// A gateway is no peer any more.
+    pub(crate) fn forget_gateway(&self, cluster: &ClusterName, gateway: &str) {
+        let labels = GatewayLabels { cluster: cluster.to_string(), gateway: gateway.to_owned() };
+        self.path_packets.remove(&labels);
+        self.path_lost.remove(&labels);
+        self.path_window.remove(&labels);
     }
 
     /// A probe came back.

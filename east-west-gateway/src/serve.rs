@@ -30,7 +30,10 @@ use crate::{
     metrics::Metrics,
     tunnel::{
         accept,
-        endpoint::{self, Identity},
+        link::{
+            quic::{self, Identity},
+            tcp,
+        },
         peers,
     },
     view::View,
@@ -67,6 +70,7 @@ pub struct Bound {
     feed: Feed,
     tunnel: UdpSocket,
     tunnel_addr: SocketAddr,
+    tunnel_tcp: TcpListener,
     auto: TcpListener,
     auto_addr: SocketAddr,
     health: HealthListener,
@@ -76,7 +80,7 @@ pub struct Bound {
 /// Binds everything that has a fixed address. Pinned ports come and go with the clusters.
 pub async fn build(config: Config, feed: Feed) -> Result<Bound, BuildError> {
     let health = health::bind(config.listen.health).await?;
-    let tunnel = net::bind_udp(config.listen.tunnel, "listen.tunnel")?;
+    let (tunnel, tunnel_tcp) = bind_tunnel(config.listen.tunnel).await?;
     let auto = SocketAddr::new(config.listen.local, config.listen.auto_port);
     let auto = net::bind_tcp(auto, "listen.autoPort").await?;
     Ok(Bound {
@@ -85,14 +89,30 @@ pub async fn build(config: Config, feed: Feed) -> Result<Bound, BuildError> {
         config: Arc::new(config),
         feed,
         tunnel,
+        tunnel_tcp,
         auto,
         health,
         inspector: Inspector::default(),
     })
 }
 
+/// The same port for UDP and TCP.
+async fn bind_tunnel(address: SocketAddr) -> Result<(UdpSocket, TcpListener), BuildError> {
+    let mut tries = 0;
+    loop {
+        let tcp = net::bind_tcp(address, "listen.tunnel").await?;
+        let same = tcp.local_addr().map_err(BuildError::Address)?;
+        match net::bind_udp(same, "listen.tunnel") {
+            Ok(udp) => return Ok((udp, tcp)),
+            // A port that the system chose for one may be taken for the other.
+            Err(_) if address.port() == 0 && tries < 10 => tries += 1,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
 impl Bound {
-    /// Where peers dial (UDP).
+    /// Where peers dial (UDP and TCP).
     pub fn tunnel_addr(&self) -> SocketAddr {
         self.tunnel_addr
     }
@@ -139,6 +159,7 @@ impl Bound {
             config: self.config,
             tunnel: self.tunnel,
             tunnel_addr: self.tunnel_addr,
+            tunnel_tcp: self.tunnel_tcp,
             auto: self.auto,
             auto_addr: self.auto_addr,
             inspector: self.inspector,
@@ -162,6 +183,7 @@ struct Starting {
     config: Arc<Config>,
     tunnel: UdpSocket,
     tunnel_addr: SocketAddr,
+    tunnel_tcp: TcpListener,
     auto: TcpListener,
     auto_addr: SocketAddr,
     inspector: Inspector,
@@ -193,7 +215,7 @@ impl Starting {
         self.gates.enrolled.ready();
         let identity = Identity { source: given.identity, trust: given.trust, federation: given.federation };
         let garbage = self.metrics.reject_counter("quic_garbage");
-        let endpoint = endpoint::endpoint(self.tunnel, &self.config.tunnel, &identity, garbage)?;
+        let endpoint = quic::endpoint(self.tunnel, &self.config.tunnel, &identity, garbage)?;
         self.metrics.svid_expiry(identity.source.current().not_after().0);
         let core = Arc::new(Core::new(Parts {
             config: self.config.clone(),
@@ -215,6 +237,7 @@ impl Starting {
         );
         let tasks = &self.tasks;
         tasks.spawn("tunnel.accept_loop", accept::accept(core.clone(), endpoint.clone()));
+        tasks.spawn("tunnel.tcp_accept_loop", tcp::accept::listen(core.clone(), self.tunnel_tcp));
         tasks.spawn("tunnel.peers", peers::manage(core.clone(), endpoint.clone()));
         tasks.spawn("ingress.listen", ingress::listen(core.clone(), self.auto, self.inspector.listeners()));
         tasks.spawn("pool.probe", core.pool.clone().probe(core.stop.clone()));
@@ -227,6 +250,7 @@ impl Starting {
                 local_ip: core.config.listen.local.to_string(),
                 auto_port: self.auto_addr.port().into(),
                 pinned_port_base: core.config.listen.pinned_port_base.into(),
+                instance: format!("{}-{}", std::process::id(), isthmus_runtime::now()),
             };
             tasks.spawn("feed.follow", agent.clone().follow(core.clone(), hello));
             tasks.spawn("feed.remember", agent.clone().remember(core.clone()));

@@ -2,20 +2,20 @@
 //!
 //! What holds: every byte in order, or a reset. An end of stream on one side becomes exactly that on the other while the
 //! opposite direction goes on (FIN ↔ finish); an abrupt end of either side ends both at once, abruptly (RST ↔ reset and
-//! stop). Memory per connection is bounded by one buffer and the stream's flow-control window. The bytes are TLS that
-//! only the two workloads can read.
+//! stop). Memory per connection is bounded by one buffer and the stream's flow-control window, and an idle connection
+//! holds neither. The bytes are TLS that only the two workloads can read.
 
 use std::{
     future::Future,
+    io::{ErrorKind, IoSlice},
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
-use quinn::{RecvStream, SendStream, VarInt};
+use bytes::{Buf, Bytes, BytesMut};
 use socket2::SockRef;
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::AsyncWriteExt,
     net::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
@@ -24,18 +24,23 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-/// QUIC error code of a carried connection that ended abruptly.
-pub(crate) const RESET: VarInt = VarInt::from_u32(1);
+use crate::tunnel::{
+    link::{self, Broken, RecvHalf, SendHalf},
+    stalled::Stalled,
+};
+
 /// How long a peer may take to acknowledge the last bytes during a drain.
 const LINGER: Duration = Duration::from_secs(2);
-const MIN_BUFFER: usize = 4 * 1024;
+const MIN_BUFFER: usize = 2 * 1024;
 const MAX_BUFFER: usize = 64 * 1024;
+/// A near side that takes nothing for so long is a slow reader.
+const SLOW: Duration = Duration::from_millis(100);
 
 /// Where the bytes of the near TCP connection go.
 #[derive(Debug)]
 pub(crate) enum Far {
     /// A tunnel's stream.
-    Tunnel(SendStream, RecvStream),
+    Tunnel(SendHalf, RecvHalf),
     /// A local endpoint.
     Tcp(TcpStream),
 }
@@ -51,6 +56,8 @@ pub(crate) enum End {
     Far,
     /// No byte for too long.
     Idle,
+    /// A slow reader, when there were too many.
+    Stalled,
     /// The gateway's drain was over.
     Forced,
 }
@@ -63,6 +70,7 @@ impl End {
             Self::Near => "near_reset",
             Self::Far => "far_reset",
             Self::Idle => "idle",
+            Self::Stalled => "stalled",
             Self::Forced => "forced",
         }
     }
@@ -84,9 +92,11 @@ pub(crate) struct Carried {
 pub(crate) struct Limits<'a> {
     /// Reset after between one and two times this long without a byte.
     pub(crate) idle: Duration,
+    /// Slow readers of the same tunnel, of which only so many are borne.
+    pub(crate) stalled: Option<&'a Stalled>,
     /// Reset when cancelled.
     pub(crate) force: &'a CancellationToken,
-    /// While cancelled, a finished stream is held until its peer has all bytes: its connection closes soon.
+    /// While cancelled, a finished stream is held until its peer has all bytes: its link closes soon.
     pub(crate) draining: &'a CancellationToken,
 }
 
@@ -97,19 +107,19 @@ pub(crate) async fn splice(mut near: TcpStream, mut far: Far, first: Bytes, limi
     let end = {
         let (near_read, near_write) = near.split();
         let (far_read, far_write) = match &mut far {
-            Far::Tunnel(send, recv) => (Source::Quic(recv), Sink::Quic(send)),
+            Far::Tunnel(send, recv) => (Source::Link(recv), Sink::Link(send)),
             Far::Tcp(tcp) => {
                 let (read, write) = tcp.split();
-                (Source::Tcp(read, BytesMut::new(), MIN_BUFFER), Sink::Tcp(write))
+                (Source::Tcp(read, MIN_BUFFER), Sink::Tcp(write))
             }
         };
-        let near_read = Source::Tcp(near_read, BytesMut::new(), MIN_BUFFER);
-        let outward = pump(near_read, far_write, &out, (End::Near, End::Far));
+        let near_read = Source::Tcp(near_read, MIN_BUFFER);
+        let outward = pump(near_read, far_write, &out, None, (End::Near, End::Far));
         let backward = async {
             let mut near_write = Sink::Tcp(near_write);
             back.fetch_add(first.len() as u64, Ordering::Relaxed);
             near_write.write(first).await.map_err(|Broken| End::Near)?;
-            pump(far_read, near_write, &back, (End::Far, End::Near)).await
+            pump(far_read, near_write, &back, limits.stalled, (End::Far, End::Near)).await
         };
         tokio::select! {
             // A side that ends while the drain is being forced has still ended by itself.
@@ -122,11 +132,11 @@ pub(crate) async fn splice(mut near: TcpStream, mut far: Far, first: Bytes, limi
     if end != End::Finished {
         abort(&near);
         match &mut far {
-            Far::Tunnel(send, recv) => reset(send, recv),
+            Far::Tunnel(send, recv) => link::reset(send, recv),
             Far::Tcp(tcp) => abort(tcp),
         }
     } else if limits.draining.is_cancelled()
-        && let Far::Tunnel(send, _) = &far
+        && let Far::Tunnel(send @ SendHalf::Quic(_), _) = &far
     {
         drop(time::timeout(LINGER, send.stopped()).await);
     }
@@ -137,13 +147,6 @@ pub(crate) async fn splice(mut near: TcpStream, mut far: Far, first: Bytes, limi
 pub(crate) fn abort(tcp: &TcpStream) {
     // Fails only on a socket that is gone already.
     drop(SockRef::from(tcp).set_linger(Some(Duration::ZERO)));
-}
-
-/// Ends a tunnel's stream abruptly, both ways.
-pub(crate) fn reset(send: &mut SendStream, recv: &mut RecvStream) {
-    // Fail only on streams that have ended already.
-    drop(send.reset(RESET));
-    drop(recv.stop(RESET));
 }
 
 /// No latency from coalescing, and an end for peers that vanish without a word.
@@ -160,6 +163,7 @@ async fn pump(
     mut source: Source<'_>,
     mut sink: Sink<'_>,
     count: &AtomicU64,
+    stalled: Option<&Stalled>,
     (source_end, sink_end): (End, End),
 ) -> Result<(), End> {
     // Made once: it remembers nothing between polls that a new one would not find out.
@@ -171,9 +175,28 @@ async fn pump(
             () = &mut stopped => return Err(sink_end),
         };
         let Some(bytes) = bytes else { return sink.finish().await.map_err(|Broken| sink_end) };
-        let length = bytes.len() as u64;
-        sink.write(bytes).await.map_err(|Broken| sink_end)?;
+        let more = source.more();
+        let length = (bytes.len() + more.iter().map(Bytes::len).sum::<usize>()) as u64;
+        let write = async { if more.is_empty() { sink.write(bytes).await } else { sink.write_all(bytes, more).await } };
+        bear(write, stalled).await.ok_or(End::Stalled)?.map_err(|Broken| sink_end)?;
         count.fetch_add(length, Ordering::Relaxed);
+    }
+}
+
+/// Waits for `write`, unless it takes long and too many others do. `None`: it is borne no longer.
+async fn bear<T>(write: impl Future<Output = T>, stalled: Option<&Stalled>) -> Option<T> {
+    let Some(stalled) = stalled else { return Some(write.await) };
+    tokio::pin!(write);
+    tokio::select! {
+        biased;
+        done = &mut write => return Some(done),
+        () = time::sleep(SLOW) => {}
+    }
+    let place = stalled.enter();
+    tokio::select! {
+        biased;
+        done = write => Some(done),
+        () = place.given_up() => None,
     }
 }
 
@@ -190,52 +213,80 @@ async fn idle(limit: Duration, counts: [&AtomicU64; 2]) {
     }
 }
 
-/// A side ended abruptly; which and why no longer matters to the other.
-struct Broken;
-
 enum Source<'a> {
-    /// With its buffer, which starts small and grows while reads fill it: most connections never need much.
-    Tcp(ReadHalf<'a>, BytesMut, usize),
-    Quic(&'a mut RecvStream),
+    /// With the size of its next buffer, which starts small and grows while reads fill it: most connections never need
+    /// much.
+    Tcp(ReadHalf<'a>, usize),
+    Link(&'a mut RecvHalf),
 }
 
 impl Source<'_> {
     /// The next bytes; `None` at the end. Cancel-safe.
     async fn read(&mut self) -> Result<Option<Bytes>, Broken> {
         match self {
-            Self::Tcp(half, buffer, size) => {
-                buffer.reserve(*size);
-                let n = half.read_buf(buffer).await.map_err(|_| Broken)?;
-                if n >= *size {
-                    *size = (*size * 2).min(MAX_BUFFER);
+            Self::Tcp(half, size) => loop {
+                // No buffer while there is nothing to put into it.
+                half.readable().await.map_err(|_| Broken)?;
+                let mut buffer = BytesMut::with_capacity(*size);
+                match half.try_read_buf(&mut buffer) {
+                    Ok(0) => return Ok(None),
+                    Ok(n) => {
+                        if n >= *size {
+                            *size = (*size * 2).min(MAX_BUFFER);
+                        } else if n < *size / 8 {
+                            *size = (*size / 2).max(MIN_BUFFER);
+                        }
+                        return Ok(Some(buffer.freeze()));
+                    }
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    Err(_) => return Err(Broken),
                 }
-                Ok((n > 0).then(|| buffer.split().freeze()))
-            }
-            Self::Quic(recv) => {
-                let chunk = recv.read_chunk(MAX_BUFFER, true).await.map_err(|_| Broken)?;
-                Ok(chunk.map(|c| c.bytes))
-            }
+            },
+            Self::Link(recv) => recv.chunk().await,
+        }
+    }
+
+    /// What else is there without waiting.
+    fn more(&mut self) -> Vec<Bytes> {
+        match self {
+            Self::Tcp(..) => Vec::new(),
+            Self::Link(recv) => recv.more(),
         }
     }
 }
 
 enum Sink<'a> {
     Tcp(WriteHalf<'a>),
-    Quic(&'a mut SendStream),
+    Link(&'a mut SendHalf),
 }
 
 impl Sink<'_> {
     async fn write(&mut self, bytes: Bytes) -> Result<(), Broken> {
         match self {
             Self::Tcp(half) => half.write_all(&bytes).await.map_err(|_| Broken),
-            Self::Quic(send) => send.write_chunk(bytes).await.map_err(|_| Broken),
+            Self::Link(send) => send.write_chunk(bytes).await,
+        }
+    }
+
+    /// `first`, then `rest`, in as few system calls as it takes.
+    async fn write_all(&mut self, first: Bytes, rest: Vec<Bytes>) -> Result<(), Broken> {
+        let mut chunks = rest;
+        chunks.insert(0, first);
+        match self {
+            Self::Tcp(half) => write_vectored(half, &mut chunks).await.map_err(|_| Broken),
+            Self::Link(send) => {
+                for chunk in chunks {
+                    send.write_chunk(chunk).await?;
+                }
+                Ok(())
+            }
         }
     }
 
     async fn finish(&mut self) -> Result<(), Broken> {
         match self {
             Self::Tcp(half) => half.shutdown().await.map_err(|_| Broken),
-            Self::Quic(send) => send.finish().map_err(|_| Broken),
+            Self::Link(send) => send.finish().await,
         }
     }
 
@@ -243,13 +294,34 @@ impl Sink<'_> {
     fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
         let stopped = match self {
             Self::Tcp(_) => None,
-            Self::Quic(send) => Some(send.stopped()),
+            Self::Link(send) => Some(send.stopped()),
         };
         async {
             match stopped {
-                Some(stopped) => drop(stopped.await),
+                Some(stopped) => stopped.await,
                 None => std::future::pending().await,
             }
         }
     }
+}
+
+async fn write_vectored(half: &mut WriteHalf<'_>, chunks: &mut [Bytes]) -> std::io::Result<()> {
+    let mut at = 0;
+    while let Some(left) = chunks.get_mut(at..).filter(|left| !left.is_empty()) {
+        let slices: Vec<IoSlice<'_>> = left.iter().map(|chunk| IoSlice::new(chunk)).collect();
+        let mut written = half.write_vectored(&slices).await?;
+        if written == 0 {
+            return Err(ErrorKind::WriteZero.into());
+        }
+        for chunk in left {
+            let n = written.min(chunk.len());
+            chunk.advance(n);
+            written -= n;
+            if !chunk.is_empty() {
+                break;
+            }
+            at += 1;
+        }
+    }
+    Ok(())
 }

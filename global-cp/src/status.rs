@@ -13,6 +13,7 @@ use isthmus_model::{
     availability::Report,
     global::{ClusterState, GlobalSnapshot},
     ids::{ClusterName, Stamp},
+    local::TunnelReport,
     time::Timestamp,
 };
 use serde::Serialize;
@@ -74,6 +75,7 @@ pub struct ClusterStatus {
     consumers: Vec<ConsumerView>,
     problems: Vec<Problem>,
     availability: Vec<Report>,
+    tunnels: Vec<TunnelReport>,
 }
 
 #[derive(Debug, Serialize)]
@@ -137,6 +139,7 @@ impl StatusStore {
                 consumers: entry.report.consumers.iter().map(|c| consumer_view(c, global.stamp)).collect(),
                 problems: entry.report.problems.clone(),
                 availability: entry.report.availability.clone(),
+                tunnels: entry.report.tunnels.clone(),
             }
         });
         StatusView {

@@ -294,6 +294,19 @@ async fn status_shows_who_is_connected_what_they_applied_and_what_is_wrong() {
             field: "spec.ports".to_owned(),
             message: "is missing".to_owned(),
         }],
+        tunnels: vec![pb::TunnelReport {
+            from: "gateway-1".to_owned(),
+            tunnel: Some(common::TunnelStatus {
+                cluster: "us-west".to_owned(),
+                gateway: "gateway-2".to_owned(),
+                up: true,
+                rtt_us: 420,
+                transport: common::Transport::Tcp.into(),
+                downgraded: true,
+                loss_ppm: 30,
+                cwnd_bytes: 14_720,
+            }),
+        }],
     };
     session.send(AgentMessage { kind: Some(agent_message::Kind::Status(report)) }).await;
     let arrived = async || cp.admin.get("/v1/status").await["clusters"][0]["consumers"][0].is_object();
@@ -321,6 +334,11 @@ async fn status_shows_who_is_connected_what_they_applied_and_what_is_wrong() {
     ]);
     assert_eq!(cp.admin.get("/v1/availability/us-east").await, seen);
     assert_eq!(cluster["availability"], seen);
+    let tunnel = serde_json::json!({
+        "from": "gateway-1", "cluster": "us-west", "gateway": "gateway-2", "up": true, "rttUs": 420,
+        "transport": "tcp", "downgraded": true, "lossPpm": 30, "cwndBytes": 14_720,
+    });
+    assert_eq!(cluster["tunnels"][0], tunnel);
     assert_eq!(cp.admin.call("GET", "/v1/availability/nobody", "").await.0, StatusCode::NOT_FOUND);
 
     drop(session);

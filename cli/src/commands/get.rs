@@ -5,7 +5,7 @@ use std::io::Write;
 use isthmus_model::{
     global::{ClusterInfo, ClusterState, GlobalPort, GlobalService, GlobalSnapshot},
     ids::ClusterName,
-    service::{AppProtocol, ServiceKind},
+    service::{AppProtocol, GatewayAddress, ServiceKind},
 };
 use serde::Serialize;
 
@@ -73,7 +73,7 @@ pub(super) fn services_table(services: &[GlobalService]) -> String {
 pub(super) fn clusters_table(clusters: &[ClusterInfo]) -> String {
     let mut table = Table::new(&["CLUSTER", "STATE", "REGION", "ZONE", "INDEX", "TRUST DOMAIN", "GATEWAYS"]);
     for c in clusters {
-        let gateways: Vec<String> = c.gateways.iter().map(|g| format!("{}={}", g.name, g.tunnel)).collect();
+        let gateways: Vec<String> = c.gateways.iter().map(gateway).collect();
         let state = match c.state {
             ClusterState::Active => "active",
             ClusterState::Revoked => "revoked",
@@ -92,6 +92,14 @@ pub(super) fn clusters_table(clusters: &[ClusterInfo]) -> String {
         return "No cluster has joined yet. `isthmusctl cluster join-token NAME` makes the first token.\n".to_owned();
     }
     table.render(0)
+}
+
+/// "gateway-1=192.0.2.7:15443".
+fn gateway(gateway: &GatewayAddress) -> String {
+    match gateway.tunnel {
+        Some(tunnel) => format!("{}={tunnel}", gateway.name),
+        None => format!("{} (dials out only)", gateway.name),
+    }
 }
 
 /// "http:80/http", or "80/tcp" for a port without a name.

@@ -92,6 +92,7 @@ pub(super) fn render(status: &Status) -> String {
         text.push('\n');
         text.push_str(&consumers.render(0));
     }
+    text.push_str(&links(status));
     let mut found = Table::new(&["CLUSTER", "WHERE", "PROBLEM"]);
     for c in &status.clusters {
         for (at, problem) in problems(c) {
@@ -103,6 +104,51 @@ pub(super) fn render(status: &Status) -> String {
         text.push_str(&found.render(0));
     }
     text
+}
+
+/// The gateways' links to other clusters', and what to do about those that fell back to TCP.
+fn links(status: &Status) -> String {
+    let mut table = Table::new(&["CLUSTER", "GATEWAY", "LINK TO", "STATE", "TRANSPORT", "RTT", "LOSS", "WINDOW"]);
+    let mut downgraded = 0_usize;
+    for c in &status.clusters {
+        for t in &c.tunnels {
+            let up = t.up && c.is_connected();
+            downgraded += usize::from(up && t.downgraded);
+            let measured = |known: bool, text: String| if up && known { text } else { String::new() };
+            table.row([
+                c.name.clone(),
+                t.from.clone(),
+                format!("{}/{}", t.cluster, t.gateway),
+                match (c.is_connected(), t.up) {
+                    (false, _) => "unknown",
+                    (true, true) => "up",
+                    (true, false) => "down",
+                }
+                .to_owned(),
+                format!("{}{}", t.transport, if t.downgraded { " DOWNGRADED" } else { "" }),
+                measured(t.rtt_us > 0, milliseconds(t.rtt_us)),
+                measured(t.rtt_us > 0, format!("{}.{:02} %", t.loss_ppm / 10_000, t.loss_ppm / 100 % 100)),
+                measured(t.cwnd_bytes > 0, format!("{} KiB", t.cwnd_bytes.div_ceil(1_024))),
+            ]);
+        }
+    }
+    if table.is_empty() {
+        return String::new();
+    }
+    let mut text = format!("\n{}", table.render(0));
+    if downgraded > 0 {
+        let links = if downgraded == 1 { "1 link runs".to_owned() } else { format!("{downgraded} links run") };
+        text.push_str(&format!(
+            "\nDOWNGRADED: {links} over TCP because QUIC does not get through. Let UDP pass between the gateways' \
+             tunnel addresses; a link goes back to QUIC by itself.\n"
+        ));
+    }
+    text
+}
+
+/// "0.42 ms", "41 ms".
+fn milliseconds(us: u32) -> String {
+    if us < 10_000 { format!("{}.{:02} ms", us / 1_000, us / 10 % 100) } else { format!("{} ms", us / 1_000) }
 }
 
 /// Where and what: of the cluster's manifests, then of its consumers.

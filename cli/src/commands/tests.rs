@@ -81,7 +81,7 @@ fn two_clusters(gateway: u64) -> [Value; 2] {
 fn snapshot() -> GlobalSnapshot {
     let cluster = |name: &str, region: &str, index: u16| {
         json!({"name": name, "index": index, "locality": {"region": region, "zone": format!("{name}-1")},
-            "state": "Active", "gateways": [{"name": "gateway-1", "tunnel": "127.1.1.11:15443"}],
+            "state": "Active", "gateways": [{"name": "gateway-1", "tunnel": "127.1.1.11:15443"}, {"name": "gateway-2", "tunnel": null}],
             "bundle": {"trust_domain": format!("{name}.example"), "document": "{}", "predecessor_signature": []}})
     };
     let exporter =
@@ -171,6 +171,34 @@ us-west  cart.yaml:14  spec.ports[0].port: must be 1 to 65535
 }
 
 #[test]
+fn status_shows_each_link_and_marks_those_that_fell_back_to_tcp() {
+    let link = |gateway: &str, up: bool, transport: &str, downgraded: bool| {
+        json!({"from": "gateway-1", "cluster": "us-west", "gateway": gateway, "up": up, "transport": transport,
+            "downgraded": downgraded, "rttUs": 41_200, "lossPpm": 3_170, "cwndBytes": 131_072})
+    };
+    let mut clusters = two_clusters(42);
+    clusters[0]["tunnels"] = json!([
+        link("gateway-1", true, "quic", false),
+        link("gateway-2", true, "tcp", true),
+        link("gateway-3", false, "quic", false)
+    ]);
+    let text = status::render(&parsed(&clusters));
+    let want = "\
+CLUSTER  GATEWAY    LINK TO            STATE  TRANSPORT       RTT    LOSS    WINDOW
+us-east  gateway-1  us-west/gateway-1  up     quic            41 ms  0.31 %  128 KiB
+us-east  gateway-1  us-west/gateway-2  up     tcp DOWNGRADED  41 ms  0.31 %  128 KiB
+us-east  gateway-1  us-west/gateway-3  down   quic            -      -       -
+
+DOWNGRADED: 1 link runs over TCP because QUIC does not get through. Let UDP pass between the gateways' tunnel addresses; a \
+link goes back to QUIC by itself.
+";
+    assert!(text.contains(want), "{text}");
+    clusters[0]["session"]["connected"] = json!(false);
+    let text = status::render(&parsed(&clusters));
+    assert!(text.contains("us-west/gateway-1  unknown  quic") && !text.contains("DOWNGRADED: "), "{text}");
+}
+
+#[test]
 fn an_empty_federation_says_how_to_begin() {
     assert!(status::render(&parsed(&[])).contains("cluster join-token"));
     assert!(get_command::services_table(&[]).contains("ServiceExport"));
@@ -187,7 +215,7 @@ shop/cart  ClusterSetIP  5      http:80/http  eu-central,us-east  -
     assert_eq!(get_command::services_table(&services), want);
     let clusters: Vec<_> = global.clusters.values().cloned().collect();
     let text = get_command::clusters_table(&clusters);
-    assert!(text.contains("gateway-1=127.1.1.11:15443"), "{text}");
+    assert!(text.contains("gateway-1=127.1.1.11:15443,gateway-2 (dials out only)"), "{text}");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! [`View`] (xDS), what the feeds send, what the uplink publishes. A full queue makes its senders wait. What must
 //! outlive a restart is saved behind the scenes, the latest value at most five times a second.
 
+pub mod gateways;
 pub mod reports;
 pub mod state;
 

@@ -11,9 +11,9 @@ use std::{
 };
 
 use ipnet::Ipv4Net;
-use isthmus_api::convert::{AvailabilityReport, Problem, limits};
+use isthmus_api::convert::{Problem, limits};
 use isthmus_model::{
-    availability::{Availability, Observations},
+    availability::{Availability, Observations, Report},
     failover::{self, choose},
     global::{ClusterState, GlobalSnapshot},
     ids::{ClusterName, ServiceName, TrustDomain, Zone},
@@ -23,7 +23,10 @@ use isthmus_model::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::reports::{self, Said};
+use super::{
+    gateways::{self, GatewayFeeds},
+    reports::{self, Said},
+};
 use crate::{
     index::{
         self, Context, Index,
@@ -76,9 +79,9 @@ pub enum Event {
 #[derive(Clone, Debug)]
 pub enum GatewayEvent {
     /// First.
-    Hello(LocalGateway),
+    Hello(gateways::Hello),
     /// All it knows of other clusters.
-    Report(AvailabilityReport),
+    Report(Vec<Report>),
     /// It takes no new traffic.
     Draining,
     /// The stream broke.
@@ -170,7 +173,7 @@ pub struct State {
     exported: Arc<LocalEndpoints>,
     mismatches: Vec<Problem>,
     members: Members,
-    gateways: BTreeMap<String, (Session, Said)>,
+    gateways: BTreeMap<String, GatewayFeeds>,
     sidecars: BTreeMap<String, Session>,
 }
 
@@ -229,10 +232,12 @@ impl State {
             self.rejoin(now);
         }
         let live = &self.gateways;
-        let connected = |name: &String| live.get(name).is_some_and(|(_, said)| said.silent_since.is_none());
+        let connected = |name: &String| live.get(name).is_some_and(GatewayFeeds::is_connected);
         self.members
             .gateways
             .retain(|name, r| !r.gateway.draining || connected(name) || now.since(r.seen) < FORGET_GATEWAY);
+        let members = &self.members.gateways;
+        self.gateways.retain(|name, _| members.contains_key(name));
         self.observe(now);
     }
 
@@ -246,7 +251,7 @@ impl State {
             let service = self.global.services.get(name)?;
             failover::next_change(&choose(service, None, &self.own.cluster, &self.global, observed, now))
         });
-        let stale = self.gateways.values().filter_map(|(_, said)| said.stale_at(now));
+        let stale = self.said().filter_map(|said| said.stale_at(now));
         held.chain(stale).min()
     }
 
@@ -294,44 +299,36 @@ impl State {
         all
     }
 
+    fn said(&self) -> impl Iterator<Item = &Said> {
+        self.gateways.values().flat_map(GatewayFeeds::said)
+    }
+
     /// What a restart begins with.
     pub fn members(&self) -> &Members {
         &self.members
     }
 
     fn gateway(&mut self, name: String, session: Session, event: GatewayEvent, now: Timestamp) -> Result<(), Refusal> {
-        if let GatewayEvent::Hello(gateway) = event {
-            if !self.members.gateways.contains_key(&name) && self.members.gateways.len() >= limits::GATEWAYS {
-                return Err(Refusal::Full(limits::GATEWAYS));
-            }
-            if self.gateways.get(&name).is_some_and(|(s, _)| *s > session) {
-                return Ok(());
-            }
-            self.members.gateways.insert(name.clone(), GatewayRecord { gateway, seen: now });
-            // What its last connection reported stays until this one reports.
-            let said = self.gateways.remove(&name).map(|(_, said)| said.reports).unwrap_or_default();
-            self.gateways.insert(name, (session, Said { reports: said, silent_since: None }));
-            self.observe(now);
-            return Ok(());
-        }
-        let Some((current, said)) = self.gateways.get_mut(&name) else { return Ok(()) };
-        let Some(record) = self.members.gateways.get_mut(&name) else { return Ok(()) };
-        if *current != session {
-            return Ok(());
+        let known = self.members.gateways.contains_key(&name);
+        if matches!(event, GatewayEvent::Hello(_)) && !known && self.members.gateways.len() >= limits::GATEWAYS {
+            return Err(Refusal::Full(limits::GATEWAYS));
         }
         // Not for each report: the record is saved when it changes.
-        if !matches!(event, GatewayEvent::Report(_)) {
-            record.seen = now;
-        }
-        match event {
-            GatewayEvent::Report(report) => said.reports = report.availability,
-            GatewayEvent::Draining => record.gateway.draining = true,
-            GatewayEvent::Goodbye => {
-                record.gateway.draining = true;
-                said.silent_since = Some(now);
+        let seen = !matches!(event, GatewayEvent::Report(_));
+        let feeds = self.gateways.entry(name.clone()).or_default();
+        let counts = match event {
+            GatewayEvent::Hello(hello) => {
+                feeds.begin(session, hello);
+                true
             }
-            GatewayEvent::Lost => said.silent_since = Some(now),
-            GatewayEvent::Hello(_) => {}
+            GatewayEvent::Report(reports) => feeds.report(session, reports),
+            GatewayEvent::Draining => feeds.drain(session),
+            GatewayEvent::Goodbye => feeds.leave(session, now),
+            GatewayEvent::Lost => feeds.lose(session, now),
+        };
+        let Some(gateway) = feeds.current().filter(|_| counts) else { return Ok(()) };
+        if seen {
+            self.members.gateways.insert(name, GatewayRecord { gateway: gateway.clone(), seen: now });
         }
         self.observe(now);
         Ok(())
@@ -415,7 +412,9 @@ impl State {
             self.global.services.get(service).is_some_and(|s| s.exporters.contains_key(cluster))
         };
         let mut current: BTreeMap<(ServiceName, ClusterName), Availability> = BTreeMap::new();
-        for ((service, cluster), availability) in reports::merge(self.gateways.values().map(|(_, said)| said), now) {
+        for ((service, cluster), availability) in
+            reports::merge(self.gateways.values().flat_map(GatewayFeeds::said), now)
+        {
             if cluster != own && exports(service, cluster) {
                 current.insert((service.clone(), cluster.clone()), availability);
             }

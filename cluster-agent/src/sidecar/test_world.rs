@@ -13,7 +13,7 @@ use std::{
 };
 
 use axum::{Router, http::HeaderMap, routing::any};
-use isthmus_api::{convert::AvailabilityReport, manifest, proto::local::v1::local_server::LocalServer};
+use isthmus_api::{manifest, proto::local::v1::local_server::LocalServer};
 use isthmus_identity::{
     bundle::TrustStore,
     ca::CertificateAuthority,
@@ -48,6 +48,7 @@ use super::{Config, config::Inbound, test_envoy};
 use crate::{
     hub::{
         self, Hub, Setup,
+        gateways::Hello,
         state::{Event, GatewayEvent, Members, Own, State},
     },
     local::{
@@ -275,12 +276,13 @@ impl Agent {
         let session = self.hub.session();
         let hello = local::LocalGateway {
             name: "gateway-1".to_owned(),
-            tunnel: SocketAddr::new(ip, 15443),
+            tunnel: Some(SocketAddr::new(ip, 15443)),
             local_ip: ip,
             auto_port: 15440,
             pinned_port_base: 15500,
         };
         let gateway = LocalGateway { hello, draining: false };
+        let hello = Hello { gateway, instance: String::new() };
         let up = Availability { ready: 1, total: 1, reachable: true };
         let report = |service: &str| Report {
             service: ServiceName::new("shop", service).unwrap(),
@@ -288,8 +290,7 @@ impl Agent {
             current: up,
             recovered_at: None,
         };
-        let report = AvailabilityReport { availability: vec![report("cart"), report("orders")], tunnels: Vec::new() };
-        for event in [GatewayEvent::Hello(gateway), GatewayEvent::Report(report)] {
+        for event in [GatewayEvent::Hello(hello), GatewayEvent::Report(vec![report("cart"), report("orders")])] {
             self.hub.send(Event::Gateway("gateway-1".to_owned(), session, event)).await.unwrap();
         }
     }

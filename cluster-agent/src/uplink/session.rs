@@ -257,6 +257,7 @@ impl Session<'_> {
             consumers: std::iter::once(agent).chain(standing.consumers).take(convert::limits::STATUS).collect(),
             availability: reports.collect(),
             problems: standing.problems,
+            tunnels: standing.tunnels.into_iter().take(convert::limits::TUNNELS).collect(),
         };
         (&status).into()
     }

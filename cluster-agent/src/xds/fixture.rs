@@ -92,7 +92,7 @@ pub(crate) fn sidecar() -> Sidecar {
 fn gateway(name: &str, ip: &str) -> LocalGateway {
     let hello = local::LocalGateway {
         name: name.to_owned(),
-        tunnel: SocketAddr::new(ip.parse().unwrap(), 15443),
+        tunnel: Some(SocketAddr::new(ip.parse().unwrap(), 15443)),
         local_ip: ip.parse().unwrap(),
         auto_port: 15440,
         pinned_port_base: 15500,

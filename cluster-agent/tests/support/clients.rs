@@ -67,6 +67,11 @@ pub(crate) struct Gateway {
 
 impl Gateway {
     pub(crate) async fn connect(client: &mut LocalClient<Channel>) -> Self {
+        Self::connect_as(client, "").await
+    }
+
+    /// As this process of gateway-1.
+    pub(crate) async fn connect_as(client: &mut LocalClient<Channel>, instance: &str) -> Self {
         let (up, messages) = mpsc::channel(8);
         let gateway = Self { down: client.gateway_feed(ReceiverStream::new(messages)).await.unwrap().into_inner(), up };
         let hello = GatewayHello {
@@ -75,6 +80,7 @@ impl Gateway {
             local_ip: "127.1.1.11".to_owned(),
             auto_port: 15440,
             pinned_port_base: 15500,
+            instance: instance.to_owned(),
         };
         gateway.say(gateway_message::Kind::Hello(hello)).await;
         gateway
@@ -82,6 +88,13 @@ impl Gateway {
 
     pub(crate) async fn say(&self, kind: gateway_message::Kind) {
         self.up.send(GatewayMessage { kind: Some(kind) }).await.unwrap();
+    }
+
+    /// Ends the feed in order, and waits until the agent has taken it.
+    pub(crate) async fn leave(self) {
+        let Self { up, mut down } = self;
+        drop(up);
+        while let Ok(Some(_)) = timeout(DEADLINE, down.message()).await.unwrap() {}
     }
 
     pub(crate) async fn hear(&mut self) -> gateway_update::Kind {
@@ -113,6 +126,14 @@ impl Gateway {
 pub(crate) async fn sidecar(
     client: &mut LocalClient<Channel>,
 ) -> (mpsc::Sender<SidecarMessage>, Streaming<SidecarUpdate>) {
+    sidecar_of(client, &[]).await
+}
+
+/// Registers the cart's sidecar, which calls these.
+pub(crate) async fn sidecar_of(
+    client: &mut LocalClient<Channel>,
+    upstreams: &[&str],
+) -> (mpsc::Sender<SidecarMessage>, Streaming<SidecarUpdate>) {
     let (up, messages) = mpsc::channel(8);
     let down = client.sidecar_feed(ReceiverStream::new(messages)).await.unwrap().into_inner();
     let inbound =
@@ -121,7 +142,7 @@ pub(crate) async fn sidecar(
         name: "cart-1".to_owned(),
         address: "127.1.1.21".to_owned(),
         inbound: vec![inbound],
-        upstreams: Vec::new(),
+        upstreams: upstreams.iter().map(|s| (*s).to_owned()).collect(),
     };
     up.send(SidecarMessage { kind: Some(sidecar_message::Kind::Hello(hello)) }).await.unwrap();
     (up, down)

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "not every test binary uses everything")]
 
 pub(crate) mod clients;
+pub(crate) mod envoy;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

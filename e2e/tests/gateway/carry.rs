@@ -16,7 +16,7 @@ use tokio::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
-    sync::watch,
+    sync::{OwnedSemaphorePermit, watch},
     time::sleep,
 };
 
@@ -72,8 +72,8 @@ enum Stop {
     Wrong,
 }
 
-/// Plays the end `own` on `tcp`. The ClientHello is through; nothing else is.
-pub(crate) async fn play(mut tcp: TcpStream, plan: &Plan, own: Sender) -> Seen {
+/// Plays the end `own` on `tcp`. The ClientHello is through; nothing else is. `opening` is let go with the first byte.
+pub(crate) async fn play(mut tcp: TcpStream, plan: &Plan, own: Sender, opening: Option<OwnedSemaphorePermit>) -> Seen {
     let player = Player {
         plan,
         own,
@@ -85,7 +85,7 @@ pub(crate) async fn play(mut tcp: TcpStream, plan: &Plan, own: Sender) -> Seen {
     let mut sent_hash = digest::Context::new(&digest::SHA256);
     let mut received_hash = digest::Context::new(&digest::SHA256);
     let (read, write) = tcp.split();
-    let outcome = tokio::try_join!(player.read(read, &mut received_hash), player.write(write, &mut sent_hash));
+    let outcome = tokio::try_join!(player.read(read, &mut received_hash, opening), player.write(write, &mut sent_hash));
     let end = match outcome {
         Ok(_) if player.broken.load(Ordering::Relaxed) => End::Reset,
         Ok(_) => End::Clean,
@@ -120,7 +120,12 @@ impl Player<'_> {
         }
     }
 
-    async fn read(&self, mut tcp: ReadHalf<'_>, hash: &mut digest::Context) -> Result<(), Stop> {
+    async fn read(
+        &self,
+        mut tcp: ReadHalf<'_>,
+        hash: &mut digest::Context,
+        mut opening: Option<OwnedSemaphorePermit>,
+    ) -> Result<(), Stop> {
         let (other, sender) = self.other();
         let mut expected = Stream::new(self.plan.id, sender);
         let mut buffer = vec![0; 32 * 1024];
@@ -150,6 +155,7 @@ impl Player<'_> {
                 Ok(n) if !expected.is_next(&buffer[..n]) => return Err(Stop::Wrong),
                 Ok(n) => {
                     received += n as u64;
+                    drop(opening.take());
                     hash.update(&buffer[..n]);
                     self.heard.send_replace((received, false));
                 }

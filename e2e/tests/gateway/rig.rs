@@ -39,6 +39,17 @@ const SOON: Duration = Duration::from_secs(30);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Transport {
     Quic,
+    Tcp,
+}
+
+impl Transport {
+    /// As the configuration and the folders say it.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Quic => "quic",
+            Self::Tcp => "tcp",
+        }
+    }
 }
 
 /// Where a gateway is.
@@ -197,11 +208,6 @@ impl Gateway {
 fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json::Value {
     let anywhere = "127.0.0.1:0".to_owned();
     let (tunnel, health) = at.map_or((anywhere.clone(), anywhere), |a| (a.tunnel.to_string(), a.health.to_string()));
-    let tunnel_config = match transport {
-        Transport::Quic => serde_json::json!({
-            "deadAfter": "20s", "idleTimeout": "60s", "handshakeTimeout": "30s", "dialBackoffMax": "500ms",
-        }),
-    };
     serde_json::json!({
         "name": name,
         "stateDir": "/nonexistent",
@@ -209,7 +215,10 @@ fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json
             "tunnel": tunnel, "local": "127.0.0.1", "autoPort": at.map_or(0, |a| a.auto.port()), "pinnedPortBase": 0,
             "health": health,
         },
-        "tunnel": tunnel_config,
+        "tunnel": {
+            "transport": transport.word(), "deadAfter": "20s", "idleTimeout": "60s", "handshakeTimeout": "30s",
+            "dialBackoffMax": "500ms", "tcp": { "userTimeout": "30s", "maxPendingHandshakesPerSource": 1024 },
+        },
         "ingress": {
             "helloTimeout": "30s", "attemptTimeout": "30s", "pinnedTimeout": "30s", "maxPendingHellosPerSource": 4096,
         },
@@ -279,7 +288,7 @@ impl Facts {
             conflicts: Vec::new(),
         };
         let cluster = |(i, (name, gateways)): (usize, (&String, &BTreeMap<String, SocketAddr>))| {
-            let address = |(name, at): (&String, &SocketAddr)| GatewayAddress { name: name.clone(), tunnel: *at };
+            let address = |(name, at): (&String, &SocketAddr)| GatewayAddress { name: name.clone(), tunnel: Some(*at) };
             let info = ClusterInfo {
                 name: name.parse().unwrap(),
                 index: ClusterIndex(u16::try_from(i + 1).unwrap()),

@@ -19,7 +19,6 @@ use isthmus_model::{
     global::GlobalService,
     ids::{ClusterName, ServiceName},
 };
-use quinn::{RecvStream, SendStream};
 use tokio::time;
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -31,7 +30,11 @@ use crate::{
     hello::{HelloReader, Progress},
     metrics::Direction,
     splice::{self, Far, Limits},
-    tunnel::VERSION,
+    tunnel::{
+        VERSION,
+        link::{self, RecvHalf, SendHalf},
+        registry::Tunnel,
+    },
     view::View,
 };
 
@@ -44,10 +47,10 @@ const FIRST_FLIGHT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Stream {
     pub(crate) core: Arc<Core>,
-    /// From the peer's certificate.
-    pub(crate) peer: ClusterName,
-    pub(crate) send: SendStream,
-    pub(crate) recv: RecvStream,
+    /// What it came through; its cluster is from the peer's certificate.
+    pub(crate) tunnel: Arc<Tunnel>,
+    pub(crate) send: SendHalf,
+    pub(crate) recv: RecvHalf,
     /// A drain waits for it.
     pub(crate) carried: TaskTrackerToken,
 }
@@ -72,14 +75,15 @@ struct Asked {
 impl Stream {
     /// Serves the stream to its end.
     pub(crate) async fn serve(self) {
-        let Self { core, peer, mut send, recv, carried: token } = self;
+        let Self { core, tunnel, mut send, recv, carried: token } = self;
+        let peer = &tunnel.cluster;
         let began = Instant::now();
         let mut reader = FrameReader::new(recv, MAX_HEADER);
         let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
         // Held until the stream has ended.
         let slot = core.stream_slots.clone().try_acquire_owned();
         let placed = match &slot {
-            Ok(_) => place(&core, &peer, &mut reader, &send, &mut access).await,
+            Ok(_) => place(&core, peer, &mut reader, &send, &mut access).await,
             Err(_) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
         };
         let (mut recv, _) = reader.into_parts();
@@ -88,19 +92,24 @@ impl Stream {
                 let guard = core.metrics.stream(Direction::Egress);
                 access.accepted();
                 if accept(&mut send, answered.first.clone()).await.is_err() {
-                    splice::reset(&mut send, &mut recv);
+                    link::reset(&mut send, &mut recv);
                     splice::abort(&answered.tcp);
                     return access.finish(&core, None);
                 }
-                let limits =
-                    Limits { idle: core.config.ingress.idle_timeout, force: &core.stop, draining: &core.draining };
+                let limits = Limits {
+                    idle: core.config.ingress.idle_timeout,
+                    // What peers send slowly to us is bounded by the endpoint's own pace, and that is a near side, too.
+                    stalled: tunnel.stalled.as_ref(),
+                    force: &core.stop,
+                    draining: &core.draining,
+                };
                 let mut carried = splice::splice(answered.tcp, Far::Tunnel(send, recv), Bytes::new(), limits).await;
                 carried.out += answered.first.len() as u64;
                 access.finish(&core, Some(carried));
                 drop((guard, answered.lease));
             }
             Err(None) => {
-                splice::reset(&mut send, &mut recv);
+                link::reset(&mut send, &mut recv);
                 core.metrics.reject("egress_abandoned");
                 access.failed("abandoned");
                 access.finish(&core, None);
@@ -121,7 +130,7 @@ async fn place(
     core: &Arc<Core>,
     peer: &ClusterName,
     reader: &mut FrameReader,
-    send: &SendStream,
+    send: &SendHalf,
     access: &mut Access,
 ) -> Result<Answered, Option<Refusal>> {
     let Ok(header) = time::timeout(FIRST_FLIGHT, reader.next::<StreamHeader>()).await else {
@@ -148,7 +157,7 @@ async fn place(
     tokio::select! {
         answered = endpoint::first_byte(core, request) => answered.map_err(|failure| Some(failure.into())),
         // The dialler stops reading when it gives up, or when its client does.
-        _ = send.stopped() => Err(None),
+        () = send.stopped() => Err(None),
     }
 }
 
@@ -215,22 +224,29 @@ async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<Vec<u8>, Ref
     }
 }
 
-async fn accept(send: &mut SendStream, first: Bytes) -> Result<(), ()> {
+async fn accept(send: &mut SendHalf, first: Bytes) -> Result<(), ()> {
     let reply = StreamReply { kind: Some(Kind::Accept(Accept {})) };
     let frame = frame::encode(&reply).map_err(drop)?.freeze();
     // The dialler's window is open: nothing was written before.
-    let written = time::timeout(FIRST_FLIGHT, send.write_all_chunks(&mut [frame, first])).await;
+    let write = async {
+        send.write_chunk(frame).await?;
+        send.write_chunk(first).await
+    };
+    let written = time::timeout(FIRST_FLIGHT, write).await;
     written.map_err(drop)?.map_err(drop)
 }
 
-async fn refuse(send: &mut SendStream, recv: &mut RecvStream, refusal: &Refusal) {
+async fn refuse(send: &mut SendHalf, recv: &mut RecvHalf, refusal: &Refusal) {
     let reject =
         Reject { reason: refusal.reason.into(), retry_elsewhere: refusal.elsewhere, detail: refusal.detail.to_owned() };
     let Ok(frame) = frame::encode(&StreamReply { kind: Some(Kind::Reject(reject)) }) else { return };
     // Whoever does not take the refusal is told by the stream's end.
-    drop(time::timeout(FIRST_FLIGHT, send.write_all(&frame)).await);
-    drop(send.finish());
-    drop(recv.stop(splice::RESET));
+    let say = async {
+        send.write_all(&frame).await?;
+        send.finish().await?;
+        link::stop(recv).await
+    };
+    drop(time::timeout(FIRST_FLIGHT, say).await);
 }
 
 impl Refusal {

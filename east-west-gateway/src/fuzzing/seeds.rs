@@ -5,8 +5,8 @@ use std::{fs, sync::Arc};
 use isthmus_api::proto::{
     common::v1 as common,
     tunnel::v1::{
-        Accept, AvailabilityUpdate, ControlFrame, ControlHello, Goaway, Ping, Reject, RejectReason, StreamHeader,
-        StreamReply, control_frame::Kind, stream_reply,
+        Accept, AvailabilityUpdate, Closing, ControlFrame, ControlHello, Goaway, Offers, Ping, Reject, RejectReason,
+        StreamHeader, StreamReply, TcpPreface, TcpPurpose, control_frame::Kind, stream_reply,
     },
 };
 use prost::Message;
@@ -137,13 +137,16 @@ fn tunnel() -> Seeds {
     let reject = Reject { reason: RejectReason::Draining.into(), retry_elsewhere: true, detail: "drains".to_owned() };
     let accept = bytes(&StreamReply { kind: Some(stream_reply::Kind::Accept(Accept {})) });
     let reject = bytes(&StreamReply { kind: Some(stream_reply::Kind::Reject(reject)) });
+    let preface = TcpPreface { version: 1, link: vec![7; 16], purpose: TcpPurpose::Stream.into() };
     let session = [
         control(Kind::Hello(ControlHello { version: 1, gateway: "gateway-1".to_owned() })),
         update(true, &[("orders", 2), ("cart", 1)], &[]),
-        control(Kind::Ping(Ping { sequence: 1 })),
-        control(Kind::Pong(Ping { sequence: 7 })),
+        control(Kind::Ping(Ping { sequence: 1, load_permille: 0 })),
+        control(Kind::Pong(Ping { sequence: 7, load_permille: 250 })),
         update(false, &[("orders", 0)], &["cart"]),
+        control(Kind::Offers(Offers { connections: 8 })),
         control(Kind::Goaway(Goaway {})),
+        control(Kind::Closing(Closing { code: 0, reason: "drained".to_owned() })),
     ]
     .concat();
     vec![
@@ -152,12 +155,13 @@ fn tunnel() -> Seeds {
         ("accept-and-bytes", input(1, &[0], &[accept, b"first bytes".to_vec()].concat())),
         ("reject", input(1, &[2], &reject)),
         ("control", input(2, &[16, 0, 99], &session)),
+        ("preface", input(3, &[3], &[bytes(&preface), bytes(&header(""))].concat())),
         ("too-long", input(0, &[], &[0xff, 0xff, 0])),
     ]
 }
 
 fn availability() -> Seeds {
-    let lost = control(Kind::Ping(Ping { sequence: 1 }));
+    let lost = control(Kind::Ping(Ping { sequence: 1, load_permille: 0 }));
     let hostile = |limit: u8, parts: &[Vec<u8>]| [&[0, limit], parts.concat().as_slice()].concat();
     let part = u16::try_from(PART).unwrap().to_be_bytes();
     vec![

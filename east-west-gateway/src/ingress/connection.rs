@@ -115,7 +115,12 @@ impl Local {
         let core = self.core;
         access.accepted();
         let guard = core.metrics.stream(Direction::Ingress);
-        let limits = Limits { idle: core.config.ingress.idle_timeout, force: &core.stop, draining: &core.draining };
+        let limits = Limits {
+            idle: core.config.ingress.idle_timeout,
+            stalled: placed.held.tunnel().and_then(|tunnel| tunnel.stalled.as_ref()),
+            force: &core.stop,
+            draining: &core.draining,
+        };
         let mut carried = splice::splice(self.tcp, placed.far, placed.first, limits).await;
         carried.out += hello as u64;
         access.finish(&core, Some(carried));

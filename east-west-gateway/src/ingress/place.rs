@@ -12,7 +12,6 @@ use std::{
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
 use isthmus_model::sni;
-use quinn::SendStream;
 use tokio::{net::TcpStream, time};
 
 use crate::{
@@ -22,10 +21,11 @@ use crate::{
     core::Core,
     egress::endpoint::{self, Answered, Request},
     frame::{self, FrameReader, MAX_HEADER},
-    splice::{self, Far},
+    splice::Far,
     tunnel::{
         VERSION,
-        registry::{Held, Tunnel},
+        link::{self, SendHalf},
+        registry::{Held, Tried, Tunnel},
     },
 };
 
@@ -68,10 +68,19 @@ pub(super) struct Placed {
 
 /// Dropped when the connection has ended.
 #[derive(Debug)]
-#[expect(dead_code, reason = "held for their drop")]
 pub(super) enum HeldBy {
     Tunnel(Held),
-    Endpoint(Lease),
+    Endpoint(#[expect(dead_code, reason = "held for its drop")] Lease),
+}
+
+impl HeldBy {
+    /// The tunnel that carries it, if one does.
+    pub(super) fn tunnel(&self) -> Option<&Tunnel> {
+        match self {
+            Self::Tunnel(held) => Some(held.tunnel()),
+            Self::Endpoint(_) => None,
+        }
+    }
 }
 
 /// What all attempts share.
@@ -84,13 +93,16 @@ pub(super) struct Placing<'a> {
 
 /// A failed attempt: its label, and what comes next.
 type Failed = (&'static str, After);
+const LOST: Failed = ("tunnel_lost", After::SameCluster);
+const SILENT: Failed = ("silent", After::SameCluster);
+const BROKEN: Failed = ("protocol", After::SameCluster);
 
 impl Placing<'_> {
     /// Works through `plan`.
     pub(super) async fn place(&self, mut plan: Plan, access: &mut Access) -> Result<Placed, Unplaced> {
         let began = Instant::now();
         let config = &self.core.config.ingress;
-        let mut tried: Vec<u64> = Vec::new();
+        let mut tried: Vec<Tried> = Vec::new();
         let mut last = Unplaced::NoTunnel;
         let mut first = true;
         while let Some(cluster) = plan.next().cloned() {
@@ -134,7 +146,8 @@ impl Placing<'_> {
                     return Err(Unplaced::ClientGone);
                 }
             };
-            tried.extend(tunnel.map(|t| t.id));
+            let refused = outcome.as_ref().is_err_and(|(label, _)| *label != LOST.0 && *label != SILENT.0);
+            tried.extend(tunnel.map(|tunnel| Tried { tunnel, refused }));
             let label = outcome.as_ref().map_or_else(|(label, _)| *label, |_| "accepted");
             self.core.metrics.attempt(&cluster, label);
             access.tried(&cluster, label);
@@ -174,17 +187,21 @@ impl Placing<'_> {
 
     async fn through(&self, tunnel: &Arc<Tunnel>, deadline: Duration, traceparent: &str) -> Result<Placed, Failed> {
         let held = tunnel.hold();
-        match time::timeout(deadline, self.exchange(tunnel, deadline, traceparent)).await {
+        let exchange = async {
+            tokio::select! {
+                exchanged = self.exchange(tunnel, deadline, traceparent) => exchanged,
+                () = tunnel.link.closed() => Err(LOST),
+            }
+        };
+        match time::timeout(deadline, exchange).await {
             Ok(Ok((far, first))) => Ok(Placed { far, first, held: HeldBy::Tunnel(held) }),
             Ok(Err(failed)) => Err(failed),
             // The far gateway should have spoken up before: it, not its endpoints, is what is slow.
-            Err(_) => Err(("silent", After::SameCluster)),
+            Err(_) => Err(SILENT),
         }
     }
 
     async fn exchange(&self, tunnel: &Tunnel, deadline: Duration, traceparent: &str) -> Result<(Far, Bytes), Failed> {
-        const LOST: Failed = ("tunnel_lost", After::SameCluster);
-        const BROKEN: Failed = ("protocol", After::SameCluster);
         let for_endpoint = deadline.saturating_sub(tunnel.rtt() + MARGIN).max(MARGIN);
         let header = StreamHeader {
             version: VERSION,
@@ -196,7 +213,7 @@ impl Placing<'_> {
         };
         let mut flight = frame::encode(&header).map_err(|_| BROKEN)?;
         flight.extend_from_slice(self.hello);
-        let (send, recv) = tunnel.connection.open_bi().await.map_err(|_| LOST)?;
+        let (send, recv) = tunnel.link.open().await.map_err(|_| LOST)?;
         let mut stream = Opened { send: Some(send), reader: Some(FrameReader::new(recv, MAX_HEADER)) };
         let (Some(send), Some(reader)) = (&mut stream.send, &mut stream.reader) else { return Err(BROKEN) };
         send.write_all(&flight).await.map_err(|_| LOST)?;
@@ -212,7 +229,7 @@ impl Placing<'_> {
 
 /// A stream that is reset unless it comes to be used: dropping it alone would read as an orderly end.
 struct Opened {
-    send: Option<SendStream>,
+    send: Option<SendHalf>,
     reader: Option<FrameReader>,
 }
 
@@ -226,7 +243,7 @@ impl Opened {
 impl Drop for Opened {
     fn drop(&mut self) {
         if let (Some(mut send), Some(reader)) = (self.send.take(), self.reader.take()) {
-            splice::reset(&mut send, &mut reader.into_parts().0);
+            link::reset(&mut send, &mut reader.into_parts().0);
         }
     }
 }

@@ -20,7 +20,7 @@ impl Sources {
     }
 
     /// One more of `source`, unless it has its share.
-    pub(super) fn try_acquire(self: &Arc<Self>, source: IpAddr) -> Option<Share> {
+    pub(crate) fn try_acquire(self: &Arc<Self>, source: IpAddr) -> Option<Share> {
         let source = source.to_canonical();
         let mut pending = self.lock();
         let count = pending.entry(source).or_default();
@@ -39,7 +39,7 @@ impl Sources {
 
 /// One pending connection of a source, while it lives.
 #[derive(Debug)]
-pub(super) struct Share {
+pub(crate) struct Share {
     sources: Arc<Sources>,
     source: IpAddr,
 }

@@ -19,7 +19,10 @@ use crate::{
     tunnel::{
         Close,
         control::Control,
-        endpoint::{self, Identity},
+        link::{
+            RecvHalf, SendHalf,
+            quic::{self, Identity},
+        },
     },
 };
 
@@ -161,7 +164,7 @@ impl Peer {
     async fn connect(name: &str, to: &Gateway) -> Self {
         let (connection, endpoint) = Self::dial(name, to).await;
         let (send, recv) = connection.open_bi().await.unwrap();
-        let control = Control::open(send, recv, "by-hand").await.unwrap();
+        let control = Control::open(SendHalf::Quic(send), RecvHalf::Quic(recv), "by-hand").await.unwrap();
         Self { connection, _control: control, _endpoint: endpoint }
     }
 
@@ -172,9 +175,9 @@ impl Peer {
             federation: FEDERATION.parse().unwrap(),
         };
         let core = to.core().await;
-        let config = endpoint::dialler(&core.config.tunnel, &identity, &core.cluster).unwrap();
         let endpoint = quinn::Endpoint::client(local(0)).unwrap();
-        let connection = endpoint.connect_with(config, to.tunnel, "gateway.invalid").unwrap().await.unwrap();
+        let to = (&core.cluster, to.tunnel);
+        let connection = quic::connect(&endpoint, &core.config.tunnel, &identity, to).await.unwrap();
         (connection, endpoint)
     }
 
@@ -182,7 +185,7 @@ impl Peer {
     async fn ask(&self, bytes: &[u8]) -> Kind {
         let (mut send, recv) = self.connection.open_bi().await.unwrap();
         send.write_all(bytes).await.unwrap();
-        let mut reader = FrameReader::new(recv, MAX_HEADER);
+        let mut reader = FrameReader::new(RecvHalf::Quic(recv), MAX_HEADER);
         let reply = time::timeout(Duration::from_secs(3), reader.next::<StreamReply>()).await;
         reply.expect("answered within the deadline").unwrap().kind.unwrap()
     }
@@ -249,7 +252,7 @@ async fn a_peer_without_a_certificate_of_the_federation_gets_no_connection() {
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(Anything))
         .with_no_client_auth();
-    tls.alpn_protocols = vec![crate::tunnel::ALPN.to_vec()];
+    tls.alpn_protocols = vec![quic::ALPN.to_vec()];
     let config = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
     let endpoint = quinn::Endpoint::client(local(0)).unwrap();
     let connecting =

@@ -349,7 +349,7 @@ async fn a_restart_does_not_end_a_hold_down() {
     let mut global = state();
     global.settings.failover.hold_down = Duration::from_secs(3_600);
     global.clusters.get_mut(&cluster("west")).unwrap().gateways =
-        vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: west.tunnel }];
+        vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(west.tunnel) }];
     west.set_global(&global);
     west.set_endpoints(&[local(1)]);
     let gateway = Fed::start(dir.path(), &token).await;

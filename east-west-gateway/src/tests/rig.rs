@@ -203,7 +203,7 @@ pub(super) fn introduce(gateways: &[Gateway], members: &[(&str, &[SocketAddr])])
     let names: Vec<&str> = members.iter().map(|(name, _)| *name).collect();
     let mut global = federation(&names);
     for (gateway, name) in gateways.iter().zip(&names) {
-        let address = GatewayAddress { name: "gateway-1".to_owned(), tunnel: gateway.tunnel };
+        let address = GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(gateway.tunnel) };
         global.clusters.get_mut(&cluster(name)).unwrap().gateways = vec![address];
     }
     global

@@ -1,8 +1,8 @@
-//! Connections from other clusters' gateways: who they are, and the streams they open.
+//! Links from other clusters' gateways: who they are, and the streams they open.
 //!
 //! The cluster is read from the certificate, never from what the peer says. Only an active member of the current snapshot
-//! is served; before the first snapshot nobody is. Handshakes, connections (each cluster's, too) and streams are bounded;
-//! what does not get through is closed with a code, counted by reason, and disturbs nobody else.
+//! is served; before the first snapshot nobody is. Handshakes, links (each cluster's, too) and streams are bounded; what
+//! does not get through is closed with a code, counted by reason, and disturbs nobody else.
 
 use std::{
     collections::HashMap,
@@ -11,45 +11,45 @@ use std::{
 
 use isthmus_identity::tls;
 use isthmus_model::ids::ClusterName;
-use quinn::{Connection, Endpoint, Incoming};
-use rustls::pki_types::CertificateDer;
+use quinn::{Endpoint, Incoming};
 use tokio::time;
 
 use super::{
     Close,
-    control::{Control, Role},
-    endpoint,
+    control::{self, Control},
+    link::{self, Link, RecvHalf, SendHalf, quic},
+    registry::{Origin, Tunnel},
 };
 use crate::{core::Core, egress};
 
-/// The peers' connections.
+/// The peers' links.
 #[derive(Debug, Default)]
 pub(crate) struct Inbound {
-    connections: Mutex<HashMap<usize, (ClusterName, Connection)>>,
+    links: Mutex<HashMap<u64, (ClusterName, Link)>>,
 }
 
 impl Inbound {
-    /// Closes the connections of clusters that `unwanted` names.
+    /// Closes the links of clusters that `unwanted` names.
     pub(crate) fn close_if(&self, unwanted: impl Fn(&ClusterName) -> bool, why: Close) {
-        for (cluster, connection) in self.lock().values().filter(|(cluster, _)| unwanted(cluster)) {
-            tracing::info!(%cluster, peer = %connection.remote_address(), why = why.label(), "peer's connection closed");
-            why.apply(connection);
+        for (cluster, link) in self.lock().values().filter(|(cluster, _)| unwanted(cluster)) {
+            tracing::info!(%cluster, peer = %link.remote_address(), why = why.label(), "peer's link closed");
+            link.close(why);
         }
     }
 
-    /// Takes `connection` in, unless `cluster` has `max` already.
-    fn admit(&self, cluster: &ClusterName, connection: &Connection, max: usize) -> bool {
+    /// Takes `link` in, unless `cluster` has `max` already.
+    fn admit(&self, id: u64, cluster: &ClusterName, link: &Link, max: usize) -> bool {
         let mut all = self.lock();
-        let open = all.values().filter(|(c, known)| c == cluster && known.close_reason().is_none()).count();
+        let open = all.values().filter(|(c, known)| c == cluster && known.why_closed().is_none()).count();
         if open < max {
-            all.insert(connection.stable_id(), (cluster.clone(), connection.clone()));
+            all.insert(id, (cluster.clone(), link.clone()));
         }
         open < max
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<usize, (ClusterName, Connection)>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, (ClusterName, Link)>> {
         // Every section leaves the map whole, so a panic in another one does not spoil it.
-        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -102,71 +102,96 @@ async fn serve(core: &Arc<Core>, incoming: Incoming) {
         }
         Err(_) => return core.metrics.reject("peer_handshake_timeout"),
     };
-    let Some(cluster) = cluster_of(&connection, core) else {
-        // The verifier accepts gateways of this federation only, so this is not to be expected.
-        core.metrics.reject(Close::NotAMember.label());
-        return Close::NotAMember.apply(&connection);
-    };
-    let member = Member { core, connection: &connection, cluster: &cluster };
+    let id = quic::leaf(&connection).and_then(|leaf| tls::peer_id(Some(&[leaf])));
+    let link = Link::Quic(connection);
+    match id.and_then(|id| quic::gateway_cluster(&id, &core.identity.federation)) {
+        Some(cluster) => member(core, link, None, cluster).await,
+        None => {
+            // The verifier accepts gateways of this federation only, so this is not to be expected.
+            core.metrics.reject(Close::NotAMember.label());
+            link.close(Close::NotAMember);
+        }
+    }
+}
+
+/// Serves a link that a gateway of `cluster` has dialled to its end. `control` is its control stream, if that is known;
+/// otherwise the first one that it opens is.
+pub(super) async fn member(core: &Arc<Core>, link: Link, control: Option<(SendHalf, RecvHalf)>, cluster: ClusterName) {
+    let (id, remote) = (core.next_id(), link.remote_address());
     // So that one cluster cannot keep the others out.
-    if !core.inbound.admit(&cluster, &connection, core.config.tunnel.max_connections_per_cluster) {
-        tracing::warn!(%cluster, peer = %remote, "refused a gateway: its cluster has too many connections");
-        core.metrics.reject(Close::Overloaded.label());
-        return Close::Overloaded.apply(&connection);
-    }
-    // Judged after it can be found: a revocation from here on closes it.
-    if core.current_view().is_active(&cluster) && cluster != core.cluster {
-        member.serve().await;
-    } else {
+    let refused = if !core.inbound.admit(id, &cluster, &link, core.config.tunnel.max_connections_per_cluster) {
+        tracing::warn!(%cluster, peer = %remote, "refused a gateway: its cluster has too many links");
+        Some(Close::Overloaded)
+    } else if !core.current_view().is_active(&cluster) || cluster == core.cluster {
+        // Judged after it can be found: a revocation from here on closes it.
         tracing::warn!(%cluster, peer = %remote, "refused a gateway whose cluster is no active member");
-        core.metrics.reject(Close::NotAMember.label());
-        Close::NotAMember.apply(&connection);
+        Some(Close::NotAMember)
+    } else {
+        None
+    };
+    match refused {
+        None => Member { core, link: &link, cluster: &cluster }.serve(control).await,
+        Some(why) => {
+            core.metrics.reject(why.label());
+            link.close(why);
+            if let Some((mut send, _)) = control {
+                control::say_why(&mut send, &link).await;
+            }
+        }
     }
-    core.inbound.lock().remove(&connection.stable_id());
+    core.inbound.lock().remove(&id);
 }
 
-fn cluster_of(connection: &Connection, core: &Core) -> Option<ClusterName> {
-    let identity = connection.peer_identity()?;
-    let certificates = identity.downcast_ref::<Vec<CertificateDer<'static>>>()?;
-    endpoint::gateway_cluster(&tls::peer_id(Some(certificates))?, &core.identity.federation)
-}
-
-/// A connection of a cluster that takes part.
+/// A link of a cluster that takes part.
 struct Member<'a> {
     core: &'a Arc<Core>,
-    connection: &'a Connection,
+    link: &'a Link,
     cluster: &'a ClusterName,
 }
 
 impl Member<'_> {
-    async fn serve(&self) {
+    async fn serve(&self, control: Option<(SendHalf, RecvHalf)>) {
+        let core = self.core;
         let hello = async {
-            let (send, recv) = self.connection.accept_bi().await.ok()?;
-            Control::open(send, recv, &self.core.config.name).await.ok()
+            let (send, recv) = match control {
+                Some(halves) => halves,
+                None => self.link.accept().await?,
+            };
+            Control::open(send, recv, &core.config.name).await.ok()
         };
-        let Ok(Some(control)) = time::timeout(self.core.config.tunnel.handshake_timeout, hello).await else {
-            self.core.metrics.reject(Close::Protocol.label());
-            return Close::Protocol.apply(self.connection);
+        let Ok(Some(control)) = time::timeout(core.config.tunnel.handshake_timeout, hello).await else {
+            core.metrics.reject(Close::Protocol.label());
+            return self.link.close(Close::Protocol);
         };
         let gateway = control.peer.clone();
-        tracing::info!(cluster = %self.cluster, gateway, peer = %self.connection.remote_address(), "peer connected");
+        tracing::info!(
+            cluster = %self.cluster, gateway, peer = %self.link.remote_address(),
+            transport = link::label(self.link.transport()), "peer connected"
+        );
+        let key = (self.cluster.clone(), gateway.clone());
         // It lives, so it can be reached: no need to wait for the next attempt.
-        self.core.registry.wake(&(self.cluster.clone(), gateway.clone()));
+        core.registry.wake(&key);
+        let tunnel = Arc::new(Tunnel::new(core, key, self.link.clone(), Origin::Accepted));
+        core.registry.up(&tunnel);
+        core.links_changed(self.cluster);
         tokio::select! {
-            () = control.run(self.core, self.connection, &Role::Acceptor) => {}
-            () = self.streams() => {}
-            () = self.core.expiry(self.connection) => Close::Replaced.apply(self.connection),
+            () = control.run(core, &tunnel) => {}
+            () = streams(core, &tunnel) => {}
+            () = core.expiry(self.link) => self.link.close(Close::Replaced),
         }
-        let why = self.connection.close_reason().map(|r| r.to_string()).unwrap_or_default();
+        core.registry.down(&tunnel);
+        core.links_changed(self.cluster);
+        let why = self.link.why_closed().unwrap_or_default();
         tracing::info!(cluster = %self.cluster, gateway, why, "peer disconnected");
     }
+}
 
-    async fn streams(&self) {
-        // Ends when the connection does; the control stream sees to that.
-        while let Ok((send, recv)) = self.connection.accept_bi().await {
-            let carried = self.core.carried.token();
-            let stream = egress::Stream { core: self.core.clone(), peer: self.cluster.clone(), send, recv, carried };
-            self.core.tasks.spawn("egress.stream", stream.serve());
-        }
+/// Serves the streams that the peer opens. Never ends by itself: the control stream notices the link's end.
+pub(super) async fn streams(core: &Arc<Core>, tunnel: &Arc<Tunnel>) {
+    while let Some((send, recv)) = tunnel.link.accept().await {
+        let carried = core.carried.token();
+        let stream = egress::Stream { core: core.clone(), tunnel: tunnel.clone(), send, recv, carried };
+        core.tasks.spawn("egress.stream", stream.serve());
     }
+    std::future::pending().await
 }

@@ -1,36 +1,27 @@
-//! The control stream of one tunnel: probes both ways, the acceptor's availability, and the word that one drains.
+//! Runs the control stream of one link: hellos first, then the rules of [`super::session`] until the link ends.
 //!
-//! The first bidirectional stream of a connection, opened by the dialler; a hello each way comes first. Both sides probe,
-//! so that each notices the other's death within `deadAfter`. The acceptor tells what its cluster can serve, since it is
-//! the one that would serve; the dialler only listens. Ends when the connection does, for the reason it returns.
+//! In: the stream, what this gateway has to say, the peer's frames. Out: what the tunnel's users see of the peer (round
+//! trip, load, draining, availability of its cluster). Ends when the link does, and ends the link with the reason.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Instant,
+};
 
-use isthmus_api::proto::tunnel::v1::{ControlFrame, ControlHello, Goaway, Ping, control_frame::Kind};
+use isthmus_api::proto::tunnel::v1::{Closing, ControlFrame, ControlHello, control_frame::Kind};
 use isthmus_model::ids::check_label;
-use quinn::{Connection, SendStream};
 use tokio::time;
 
 use super::{
     Close, VERSION,
-    inbox::Word,
-    liveness::{Action, Liveness, Rhythm},
-    outbox::Outbox,
+    link::{Broken, Link, RecvHalf, SendHalf},
     registry::Tunnel,
+    session::{Own, Response, Rhythm, Session, Told},
 };
 use crate::{
     core::Core,
     frame::{self, FrameError, FrameReader, MAX_CONTROL},
 };
-
-/// Which end this is.
-#[derive(Debug)]
-pub(crate) enum Role {
-    /// Listens to the peer's availability for this tunnel.
-    Dialler(Arc<Tunnel>),
-    /// Tells its own cluster's availability to the peer.
-    Acceptor,
-}
 
 /// Why a control stream did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +31,7 @@ pub(crate) enum HelloError {
     Frame(#[from] FrameError),
     /// The stream broke.
     #[error("write the control hello")]
-    Write(#[from] quinn::WriteError),
+    Write(#[from] Broken),
     /// The peer speaks something else.
     #[error("the peer's first control frame is no hello of version 1 with a gateway's name")]
     NotHello,
@@ -49,7 +40,7 @@ pub(crate) enum HelloError {
 /// A control stream whose hellos are exchanged.
 #[derive(Debug)]
 pub(crate) struct Control {
-    send: SendStream,
+    send: SendHalf,
     reader: FrameReader,
     /// The peer's own name. Its cluster is read from its certificate.
     pub(crate) peer: String,
@@ -57,15 +48,10 @@ pub(crate) struct Control {
 
 impl Control {
     /// Exchanges hellos. The caller sets the deadline.
-    pub(crate) async fn open(
-        mut send: SendStream,
-        recv: quinn::RecvStream,
-        own_name: &str,
-    ) -> Result<Self, HelloError> {
+    pub(crate) async fn open(mut send: SendHalf, recv: RecvHalf, own_name: &str) -> Result<Self, HelloError> {
         let hello = ControlHello { version: VERSION, gateway: own_name.to_owned() };
         send.write_all(&frame::encode(&ControlFrame { kind: Some(Kind::Hello(hello)) })?).await?;
-        // Fails only on a closed stream, which the next write tells.
-        drop(send.set_priority(1));
+        send.prioritize();
         let mut reader = FrameReader::new(recv, MAX_CONTROL);
         match reader.next::<ControlFrame>().await?.kind {
             Some(Kind::Hello(hello)) if hello.version == VERSION && check_label("gateway", &hello.gateway).is_ok() => {
@@ -75,132 +61,132 @@ impl Control {
         }
     }
 
-    /// Serves the stream until the connection ends or must end; closes it then.
-    pub(crate) async fn run(self, core: &Core, connection: &Connection, role: &Role) {
+    /// Serves the stream until the link ends or must end; closes it then.
+    pub(crate) async fn run(self, core: &Core, tunnel: &Arc<Tunnel>) {
         let rhythm = Rhythm { interval: core.config.tunnel.ping_interval, dead_after: core.config.tunnel.dead_after };
-        let liveness = Liveness::new(rhythm, Instant::now());
-        let mut running = Running { control: self, core, role, liveness, outbox: Outbox::default() };
-        let why = tokio::select! {
-            why = running.run() => why,
-            _ = connection.closed() => return,
+        let session = Session::new(rhythm, Instant::now());
+        let mut running = Running { control: self, core, tunnel, session };
+        let ended = tokio::select! {
+            ended = running.run() => Some(ended),
+            () = tunnel.link.closed() => None,
         };
-        if why != Close::Drained {
-            core.metrics.reject(why.label());
+        match ended {
+            Some(End::Because(why)) => {
+                if why != Close::Drained {
+                    core.metrics.reject(why.label());
+                }
+                tunnel.link.close(why);
+            }
+            Some(End::ByPeer(reason)) => tunnel.link.closed_by_peer(reason),
+            None => {}
         }
-        why.apply(connection);
+        say_why(&mut running.control.send, &tunnel.link).await;
+    }
+}
+
+/// How the conversation ended.
+enum End {
+    Because(Close),
+    ByPeer(String),
+}
+
+impl From<Close> for End {
+    fn from(why: Close) -> Self {
+        Self::Because(why)
     }
 }
 
 struct Running<'a> {
     control: Control,
     core: &'a Core,
-    role: &'a Role,
-    liveness: Liveness,
-    outbox: Outbox,
+    tunnel: &'a Arc<Tunnel>,
+    session: Session,
 }
 
 /// What made the loop turn.
 enum Event {
     Frame(Result<ControlFrame, FrameError>),
     Time,
-    Table,
-    Draining,
     Stop,
 }
 
 impl Running<'_> {
-    async fn run(&mut self) -> Close {
+    async fn run(&mut self) -> End {
         let mut table = self.core.pool.table();
-        let mut told_draining = false;
         loop {
             let current = table.borrow_and_update().clone();
-            let wake = match self.turn(&current).await {
-                Ok(wake) => wake,
-                Err(why) => return why,
+            let own = Own {
+                table: &current,
+                draining: self.core.draining.is_cancelled(),
+                offers: self.tunnel.link.wishes(self.core.registry.needs_reverse(self.tunnel)),
             };
+            let now = Instant::now();
+            let (frames, wake) = match self.session.poll(&own, now) {
+                Ok(due) => due,
+                Err(why) => return why.into(),
+            };
+            self.tunnel.set_suspect(self.session.is_suspect(now));
+            for kind in frames {
+                if let Err(why) = self.send(kind).await {
+                    return why.into();
+                }
+            }
+            let draining = own.draining;
             let event = tokio::select! {
                 frame = self.control.reader.next() => Event::Frame(frame),
                 () = time::sleep_until(wake.into()) => Event::Time,
-                _ = table.changed() => Event::Table,
-                () = self.core.draining.cancelled(), if !told_draining => Event::Draining,
+                _ = table.changed() => Event::Time,
+                () = self.core.draining.cancelled(), if !draining => Event::Time,
                 () = self.core.stop.cancelled() => Event::Stop,
             };
             let outcome = match event {
                 Event::Frame(Ok(frame)) => self.handle(frame).await,
                 Event::Frame(Err(error)) => {
                     tracing::debug!(error = &error as &dyn std::error::Error, "control stream ended");
-                    Err(Close::Protocol)
+                    Err(Close::Protocol.into())
                 }
-                Event::Time | Event::Table => Ok(()),
-                Event::Draining => {
-                    told_draining = true;
-                    self.send(Kind::Goaway(Goaway {})).await
-                }
-                Event::Stop => Err(Close::Drained),
+                Event::Time => Ok(()),
+                Event::Stop => Err(Close::Drained.into()),
             };
-            if let Err(why) = outcome {
-                return why;
+            if let Err(end) = outcome {
+                return end;
             }
         }
     }
 
-    /// Sends what is due and says when the next thing is.
-    async fn turn(&mut self, table: &super::outbox::Table) -> Result<Instant, Close> {
-        let mut wake = loop {
-            match self.liveness.poll(Instant::now()) {
-                Action::Ping(sequence) => self.send(Kind::Ping(Ping { sequence })).await?,
-                Action::Wait(until) => break until,
-                Action::Dead => return Err(Close::Dead),
-            }
-        };
-        match self.role {
-            Role::Dialler(tunnel) => tunnel.set_suspect(self.liveness.is_suspect(Instant::now())),
-            Role::Acceptor => {
-                let (updates, later) = self.outbox.poll(table, Instant::now());
-                for update in updates {
-                    self.send(Kind::Availability(update)).await?;
-                }
-                wake = later.map_or(wake, |later| later.min(wake));
-            }
+    async fn handle(&mut self, frame: ControlFrame) -> Result<(), End> {
+        let Response { reply, told } = self.session.heard(frame, self.core.load_permille(), Instant::now())?;
+        if let Some(reply) = reply {
+            self.send(reply).await?;
         }
-        Ok(wake)
-    }
-
-    async fn handle(&mut self, frame: ControlFrame) -> Result<(), Close> {
-        match (frame.kind, self.role) {
-            (Some(Kind::Ping(ping)), _) => self.send(Kind::Pong(ping)).await,
-            (Some(Kind::Pong(pong)), role) => {
-                if let Some(rtt) = self.liveness.pong(pong.sequence, Instant::now())
-                    && let Role::Dialler(tunnel) = role
-                {
-                    tunnel.set_rtt(rtt);
-                    self.core.metrics.rtt(&tunnel.cluster, rtt);
-                }
-                Ok(())
+        let (core, tunnel) = (self.core, self.tunnel);
+        match told {
+            None => {}
+            Some(Told::Alive { rtt, load_permille }) => {
+                tunnel.set_rtt(rtt);
+                tunnel.load.store(load_permille.min(1_000_000), Ordering::Relaxed);
+                core.metrics.rtt(&tunnel.cluster, rtt);
+                core.metrics.path(tunnel);
             }
-            (Some(Kind::Goaway(_)), Role::Dialler(tunnel)) => {
-                if tunnel.set_goaway() {
-                    tracing::info!(cluster = %tunnel.cluster, gateway = tunnel.gateway, "peer drains");
-                    self.core.refresh(&tunnel.cluster);
-                    self.core.observed.touch();
-                }
-                Ok(())
+            Some(Told::Goaway) if tunnel.set_goaway() => {
+                tracing::info!(cluster = %tunnel.cluster, gateway = tunnel.gateway, "peer drains");
+                core.refresh(&tunnel.cluster);
+                core.observed.touch();
             }
-            (Some(Kind::Availability(update)), Role::Dialler(tunnel)) => self.heard(tunnel, update),
-            // A dialler may say these, but nothing follows from them here.
-            (Some(Kind::Goaway(_) | Kind::Availability(_)), Role::Acceptor) => Ok(()),
-            // A newer peer's frame of a kind we do not know.
-            (None, _) => Ok(()),
-            (Some(Kind::Hello(_)), _) => Err(Close::Protocol),
+            Some(Told::Goaway) => {}
+            Some(Told::Availability(heard)) => {
+                if !core.registry.heard(tunnel, heard) {
+                    return Err(Close::Protocol.into());
+                }
+                core.refresh(&tunnel.cluster);
+            }
+            Some(Told::Offers(connections)) => {
+                if let Link::Tcp(link) = &tunnel.link {
+                    link.want(connections);
+                }
+            }
+            Some(Told::Closing(reason)) => return Err(End::ByPeer(reason)),
         }
-    }
-
-    fn heard(&self, tunnel: &Tunnel, update: isthmus_api::proto::tunnel::v1::AvailabilityUpdate) -> Result<(), Close> {
-        let word = Word::try_from(update).map_err(|_| Close::Protocol)?;
-        if !self.core.registry.heard(tunnel, word) {
-            return Err(Close::Protocol);
-        }
-        self.core.refresh(&tunnel.cluster);
         Ok(())
     }
 
@@ -209,5 +195,16 @@ impl Running<'_> {
         let frame = frame::encode(&ControlFrame { kind: Some(kind) }).map_err(|_| Close::Protocol)?;
         let written = time::timeout(self.core.config.tunnel.dead_after, self.control.send.write_all(&frame)).await;
         written.map_err(|_| Close::Dead)?.map_err(|_| Close::Protocol)
+    }
+}
+
+/// Tells the peer why the link was closed. Over TCP the reason is the last frame; QUIC has said it already.
+pub(super) async fn say_why(send: &mut SendHalf, link: &Link) {
+    let Link::Tcp(link) = link else { return };
+    let Some(why) = link.own_reason() else { return };
+    let code = u32::try_from(why.code().into_inner()).unwrap_or_default();
+    let closing = Closing { code, reason: why.label().to_owned() };
+    if let Ok(frame) = frame::encode(&ControlFrame { kind: Some(Kind::Closing(closing)) }) {
+        send.say_last(&frame).await;
     }
 }

@@ -1,24 +1,26 @@
-//! Tunnels between gateways of different clusters (docs/tunnel.md): QUIC connections, mutually authenticated, each with a
-//! control stream and one stream per carried connection.
+//! Tunnels between gateways of different clusters (docs/tunnel.md): mutually authenticated links, over QUIC or TCP, each
+//! with a control stream and one stream per carried connection.
 //!
-//! Every gateway dials every gateway of every other active cluster ([`peers`]) and accepts their connections
-//! ([`accept`]); streams are opened by the dialler only, so each direction's health is judged by the connection that
-//! carries it. [`registry`] is what the rest of the gateway sees of it: working tunnels, and what their peers say of
-//! their clusters. Quinn is known in this folder, in `frame` and in `splice`, and nowhere else.
+//! Every gateway dials every gateway of every other active cluster that can be dialled ([`peers`]) and accepts their
+//! links ([`accept`]). Either end of a [`link`] opens streams; one that the peer dialled is used when no own one works,
+//! as for a peer that cannot be dialled. [`control`] runs a link's control stream by the rules of [`session`].
+//! [`registry`] is what the rest of the gateway sees of it: working tunnels, and what their peers say of their clusters.
+//! Quinn is known in `link` and nowhere else.
 
 pub(crate) mod accept;
 pub(crate) mod control;
-pub(crate) mod endpoint;
 pub(crate) mod inbox;
-pub(crate) mod liveness;
+mod lane;
+pub(crate) mod link;
+mod liveness;
 pub(crate) mod outbox;
 pub(crate) mod peers;
 pub(crate) mod registry;
+pub(crate) mod session;
+pub(crate) mod stalled;
 
 use quinn::VarInt;
 
-/// The protocol's name (ALPN).
-pub(crate) const ALPN: &[u8] = b"isthmus-tunnel/1";
 /// The version in headers and control hellos.
 pub(crate) const VERSION: u32 = 1;
 
@@ -66,10 +68,5 @@ impl Close {
             Self::Replaced => "peer_replaced",
             Self::Overloaded => "peer_overload",
         }
-    }
-
-    /// Closes `connection` so.
-    pub(crate) fn apply(self, connection: &quinn::Connection) {
-        connection.close(self.code(), self.label().as_bytes());
     }
 }

@@ -1,7 +1,7 @@
 //! The peers that should be reached, the tunnels that work, and what their peers say of their own clusters.
 //!
-//! Written by the peer manager and the control streams; read by whoever places a connection. A peer's last word outlives
-//! its tunnel, so that a lost tunnel reads as "unreachable" and not as "unknown".
+//! Written by the peer manager, the acceptor and the control streams; read by whoever places a connection. A peer's last
+//! word outlives its tunnel, so that a lost tunnel reads as "unreachable" and not as "unknown".
 
 use std::{
     collections::BTreeMap,
@@ -10,27 +10,29 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use isthmus_model::{
     ids::{ClusterName, ServiceName},
-    local::TunnelState,
+    local::{Transport, TunnelState},
 };
 use serde::Serialize;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    inbox::{MAX_SERVICES, Word},
+    inbox::{Heard, MAX_SERVICES},
+    link::Link,
     outbox::Table,
+    stalled::Stalled,
 };
-use crate::availability::better_of_two;
+use crate::{availability::better_of_two, core::Core};
 
 /// One gateway of another cluster.
 pub(crate) type PeerKey = (ClusterName, String);
 
-/// A working connection that this gateway dialled.
+/// A working link to a peer.
 #[derive(Debug)]
 pub(crate) struct Tunnel {
     /// Unique in the process.
@@ -40,26 +42,55 @@ pub(crate) struct Tunnel {
     /// The far gateway.
     pub(crate) gateway: String,
     /// Streams are opened here.
-    pub(crate) connection: quinn::Connection,
+    pub(crate) link: Link,
+    /// Who made it.
+    pub(crate) origin: Origin,
+    /// How full the peer says it is, in permille.
+    pub(crate) load: AtomicU32,
+    /// Streams whose near side takes nothing (QUIC).
+    pub(crate) stalled: Option<Stalled>,
+    since: Instant,
     open: AtomicUsize,
     rtt_us: AtomicU32,
     suspect: AtomicBool,
     goaway: AtomicBool,
+    retired: CancellationToken,
+    idle: Notify,
+    packets: Mutex<Packets>,
+}
+
+/// Who made a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// This gateway, at this address.
+    Dialled(SocketAddr),
+    /// The peer.
+    Accepted,
 }
 
 impl Tunnel {
-    /// A tunnel over `connection`, with QUIC's own round-trip time until probes give one.
-    pub(crate) fn new(id: u64, (cluster, gateway): PeerKey, connection: quinn::Connection) -> Self {
-        let rtt = micros(connection.rtt());
+    /// A tunnel over `link`, with the transport's own round-trip time until probes give one.
+    pub(crate) fn new(core: &Core, (cluster, gateway): PeerKey, link: Link, origin: Origin) -> Self {
+        let rtt = micros(link.path().rtt);
+        let config = &core.config.tunnel;
+        let shared_window = link.transport() == Transport::Quic;
+        let stalled = shared_window.then(|| Stalled::new(config.connection_window_bytes, config.stream_window_bytes));
         Self {
-            id,
+            id: core.next_id(),
             cluster,
             gateway,
-            connection,
+            link,
+            origin,
+            load: AtomicU32::new(0),
+            stalled,
+            since: Instant::now(),
             open: AtomicUsize::new(0),
             rtt_us: AtomicU32::new(rtt),
             suspect: AtomicBool::new(false),
             goaway: AtomicBool::new(false),
+            retired: CancellationToken::new(),
+            idle: Notify::new(),
+            packets: Mutex::default(),
         }
     }
 
@@ -88,45 +119,152 @@ impl Tunnel {
         !self.goaway.swap(true, Ordering::Relaxed)
     }
 
-    fn is_going(&self) -> bool {
-        self.goaway.load(Ordering::Relaxed)
+    /// No new streams here: another link takes its place.
+    pub(crate) fn retire(&self) {
+        self.retired.cancel();
     }
 
-    /// Lower is better: no suspicion first, then round trip times load. Differences below a millisecond are noise.
+    /// Resolves when it is retired and carries nothing more.
+    pub(crate) async fn spent(&self) {
+        self.retired.cancelled().await;
+        loop {
+            let changed = self.idle.notified();
+            if self.open.load(Ordering::Acquire) == 0 {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Packets sent and lost since the last call. To be called in regular intervals.
+    pub(crate) fn count_packets(&self) -> (u64, u64) {
+        let path = self.link.path();
+        let mut packets = self.packets();
+        let (sent, lost) = (path.sent.saturating_sub(packets.counted.0), path.lost.saturating_sub(packets.counted.1));
+        packets.counted = (path.sent, path.lost);
+        packets.sent_of_late = packets.sent_of_late * Packets::MEMORY + sent as f64;
+        packets.lost_of_late = packets.lost_of_late * Packets::MEMORY + lost as f64;
+        (sent, lost)
+    }
+
+    /// Lost packets per million sent, of late.
+    pub(crate) fn loss_ppm(&self) -> u32 {
+        let packets = self.packets();
+        let share = packets.lost_of_late / packets.sent_of_late.max(1.0);
+        (share.clamp(0.0, 1.0) * 1e6) as u32
+    }
+
+    fn packets(&self) -> MutexGuard<'_, Packets> {
+        self.packets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_going(&self) -> bool {
+        self.goaway.load(Ordering::Relaxed) || self.retired.is_cancelled()
+    }
+
+    fn is_suspect(&self) -> bool {
+        self.suspect.load(Ordering::Relaxed)
+    }
+
+    /// Lower is better: nothing against it first, then round trip times load here times load there. Round trips below a
+    /// millisecond differ by noise.
     fn cost(&self) -> (bool, u64) {
         let rtt = u64::from(self.rtt_us.load(Ordering::Relaxed)).max(1_000);
         let open = self.open.load(Ordering::Relaxed) as u64;
-        (self.suspect.load(Ordering::Relaxed), rtt.saturating_mul(open + 1))
+        let load = u64::from(self.load.load(Ordering::Relaxed));
+        (self.is_suspect() || load >= 1_000, rtt.saturating_mul(open + 1).saturating_mul(load + 1_000))
     }
+}
+
+/// What a tunnel's transport has said of its packets.
+#[derive(Debug, Default)]
+struct Packets {
+    counted: (u64, u64),
+    /// The same with the past fading away.
+    sent_of_late: f64,
+    lost_of_late: f64,
+}
+
+impl Packets {
+    /// Per call, ten a second: half is forgotten in seven seconds.
+    const MEMORY: f64 = 0.99;
 }
 
 /// One open stream of a tunnel.
 #[derive(Debug)]
 pub(crate) struct Held(Arc<Tunnel>);
 
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.0.open.fetch_sub(1, Ordering::Relaxed);
+impl Held {
+    /// The tunnel.
+    pub(crate) fn tunnel(&self) -> &Tunnel {
+        &self.0
     }
 }
 
-/// How the manager steers the task that dials one peer.
+impl Drop for Held {
+    fn drop(&mut self) {
+        if self.0.open.fetch_sub(1, Ordering::Release) == 1 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
+/// A tunnel that was tried for a connection.
+#[derive(Debug)]
+pub(crate) struct Tried {
+    pub(crate) tunnel: Arc<Tunnel>,
+    /// Its gateway has answered: another link to it would not help.
+    pub(crate) refused: bool,
+}
+
+/// How the manager steers the tasks that dial one peer.
 #[derive(Clone, Debug)]
 pub(crate) struct Steer {
     /// Give up the peer.
     pub(crate) cancel: CancellationToken,
-    /// Dial now rather than after the pause: there is a sign of life.
-    pub(crate) wake: Arc<Notify>,
+    /// Moves when there is a sign of life: dial now rather than after the pause.
+    pub(crate) wake: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Peer {
+    /// It should be reached there; `None` if it is only known by its own links.
+    dial: Option<Dial>,
+    words: Vec<Word>,
+    /// What it said last on a tunnel that is gone: stands until another one has spoken.
+    last: Table,
 }
 
 #[derive(Debug)]
-struct Peer {
+struct Dial {
     address: SocketAddr,
     steer: Steer,
-    tunnel: Option<Arc<Tunnel>>,
-    table: Table,
     /// The first attempt to reach it has ended.
     tried: bool,
+    /// An `auto` link runs over TCP, since QUIC does not get through.
+    downgraded: bool,
+}
+
+/// A tunnel and what was said on it.
+#[derive(Debug)]
+struct Word {
+    tunnel: Arc<Tunnel>,
+    /// Its first snapshot has come.
+    spoken: bool,
+    table: Table,
+}
+
+impl Peer {
+    /// The table to believe: the oldest tunnel's, unless its answers are overdue.
+    fn table(&self) -> &Table {
+        let order = |word: &&Word| (word.tunnel.is_going(), word.tunnel.is_suspect(), word.tunnel.id);
+        let spoken = self.words.iter().filter(|word| word.spoken);
+        spoken.min_by_key(order).map_or(&self.last, |word| &word.table)
+    }
+
+    fn serves(&self) -> bool {
+        self.words.iter().any(|word| !word.tunnel.is_going())
+    }
 }
 
 /// What is known of one cluster through its gateways.
@@ -140,7 +278,7 @@ pub(crate) struct Evidence {
     pub(crate) table: Table,
 }
 
-/// A tunnel, as `/debug/tunnels` shows it.
+/// A peer's tunnels, as `/debug/tunnels` shows them.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TunnelInfo {
@@ -148,16 +286,34 @@ pub struct TunnelInfo {
     pub cluster: ClusterName,
     /// The far gateway.
     pub gateway: String,
-    /// Where it is dialled.
-    pub address: SocketAddr,
+    /// Where it is dialled; `None` if it cannot be.
+    pub address: Option<SocketAddr>,
     /// It works.
     pub up: bool,
-    /// Its answers are overdue.
+    /// What carries it, while it is up.
+    pub transport: Option<Transport>,
+    /// It should run over QUIC and does not.
+    pub downgraded: bool,
+    /// Links that we dialled, and that the peer dialled.
+    pub links: usize,
+    /// Of these, the peer's.
+    pub accepted: usize,
+    /// All answers are overdue.
     pub suspect: bool,
     /// Its gateway drains.
     pub draining: bool,
     /// Smoothed round-trip time in microseconds; 0 while it is down.
     pub rtt_us: u32,
+    /// Packets sent, and of these lost, on the links that are up (QUIC).
+    pub packets_sent: u64,
+    /// See above.
+    pub packets_lost: u64,
+    /// The most that one of them has lost of late, per million sent.
+    pub loss_ppm: u32,
+    /// Congestion windows together, in bytes (QUIC).
+    pub congestion_window: u64,
+    /// How full it says it is, in permille.
+    pub load_permille: u32,
     /// Connections carried now.
     pub open_streams: usize,
     /// Ready endpoints per service, in its gateway's last word.
@@ -171,102 +327,164 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// Adds a peer to be dialled at `address`.
+    /// A peer is to be dialled at `address`.
     pub(crate) fn add(&self, key: PeerKey, address: SocketAddr, steer: Steer) {
-        let peer = Peer { address, steer, tunnel: None, table: Table::new(), tried: false };
-        self.lock().insert(key, peer);
+        let dial = Dial { address, steer, tried: false, downgraded: false };
+        self.lock().entry(key).or_default().dial = Some(dial);
     }
 
-    /// Peers and where they are dialled.
+    /// Peers that are dialled, and where.
     pub(crate) fn addresses(&self) -> BTreeMap<PeerKey, SocketAddr> {
-        self.lock().iter().map(|(key, peer)| (key.clone(), peer.address)).collect()
+        let dialled = |(key, peer): (&PeerKey, &Peer)| Some((key.clone(), peer.dial.as_ref()?.address));
+        self.lock().iter().filter_map(dialled).collect()
     }
 
-    /// Forgets a peer. Its connection is the caller's to close, and then its dialling to cancel.
-    pub(crate) fn remove(&self, key: &PeerKey) -> Option<(Steer, Option<Arc<Tunnel>>)> {
-        self.lock().remove(key).map(|peer| (peer.steer, peer.tunnel))
+    /// Stops reaching for a peer. Its links are the caller's to close, and then its dialling to cancel.
+    pub(crate) fn remove(&self, key: &PeerKey) -> Option<(Steer, Vec<Arc<Tunnel>>)> {
+        let mut peers = self.lock();
+        let peer = peers.get_mut(key)?;
+        let dial = peer.dial.take()?;
+        let (ours, theirs) = std::mem::take(&mut peer.words)
+            .into_iter()
+            .partition::<Vec<_>, _>(|word| word.tunnel.origin != Origin::Accepted);
+        peer.words = theirs;
+        if peer.words.is_empty() {
+            peers.remove(key);
+        }
+        Some((dial.steer, ours.into_iter().map(|word| word.tunnel).collect()))
     }
 
-    /// Dial this peer now, if its tunnel is down.
+    /// Dial this peer now, if no own tunnel to it is up.
     pub(crate) fn wake(&self, key: &PeerKey) {
-        if let Some(peer) = self.lock().get(key).filter(|p| p.tunnel.is_none()) {
-            peer.steer.wake.notify_one();
+        if let Some(dial) = self.lock().get(key).filter(|peer| !has_own(peer)).and_then(|peer| peer.dial.as_ref()) {
+            dial.steer.wake.send_modify(|n| *n += 1);
         }
     }
 
-    /// The peer's tunnel works. False if the peer is not wanted any more.
+    /// The tunnel works. False if the peer is not wanted (there) any more.
     pub(crate) fn up(&self, tunnel: &Arc<Tunnel>) -> bool {
-        match self.lock().get_mut(&key_of(tunnel)) {
-            Some(peer) if peer.address == tunnel.connection.remote_address() => {
-                peer.tried = true;
-                peer.tunnel = Some(tunnel.clone());
+        let mut peers = self.lock();
+        let word = Word { tunnel: tunnel.clone(), spoken: false, table: Table::new() };
+        match tunnel.origin {
+            Origin::Accepted => {
+                peers.entry(key_of(tunnel)).or_default().words.push(word);
                 true
             }
-            _ => false,
+            Origin::Dialled(address) => match peers.get_mut(&key_of(tunnel)) {
+                Some(Peer { dial: Some(dial), words, .. }) if dial.address == address => {
+                    dial.tried = true;
+                    words.push(word);
+                    true
+                }
+                _ => false,
+            },
         }
     }
 
     /// An attempt to reach the peer failed.
     pub(crate) fn failed(&self, key: &PeerKey) {
-        if let Some(peer) = self.lock().get_mut(key) {
-            peer.tried = true;
+        if let Some(dial) = self.lock().get_mut(key).and_then(|peer| peer.dial.as_mut()) {
+            dial.tried = true;
         }
     }
 
-    /// The peer's tunnel is gone.
+    /// An `auto` link runs over TCP for want of QUIC, or does not any more. Returns whether that is news.
+    pub(crate) fn set_downgraded(&self, key: &PeerKey, downgraded: bool) -> bool {
+        let mut peers = self.lock();
+        let dial = peers.get_mut(key).and_then(|peer| peer.dial.as_mut());
+        dial.is_some_and(|dial| std::mem::replace(&mut dial.downgraded, downgraded) != downgraded)
+    }
+
+    /// The tunnel is gone.
     pub(crate) fn down(&self, tunnel: &Tunnel) {
-        if let Some(peer) = self.lock().get_mut(&key_of(tunnel))
-            && peer.tunnel.as_ref().is_some_and(|t| t.id == tunnel.id)
-        {
-            peer.tunnel = None;
+        let mut peers = self.lock();
+        let Some(peer) = peers.get_mut(&key_of(tunnel)) else { return };
+        if let Some(at) = peer.words.iter().position(|word| word.tunnel.id == tunnel.id) {
+            let word = peer.words.remove(at);
+            if word.spoken {
+                peer.last = word.table;
+            }
+        }
+        if peer.words.is_empty() && peer.dial.is_none() {
+            peers.remove(&key_of(tunnel));
         }
     }
 
     /// The peer speaks of its cluster. False if it says more than is allowed.
-    pub(crate) fn heard(&self, tunnel: &Tunnel, word: Word) -> bool {
+    pub(crate) fn heard(&self, tunnel: &Tunnel, heard: Heard) -> bool {
         let mut peers = self.lock();
-        let Some(peer) = peers.get_mut(&key_of(tunnel)) else { return true };
-        if peer.tunnel.as_ref().is_none_or(|t| t.id != tunnel.id) {
+        let peer = peers.get_mut(&key_of(tunnel));
+        let Some(word) = peer.and_then(|peer| peer.words.iter_mut().find(|w| w.tunnel.id == tunnel.id)) else {
             return true;
-        }
-        word.apply(&mut peer.table, MAX_SERVICES)
+        };
+        word.spoken |= heard.is_snapshot();
+        heard.apply(&mut word.table, MAX_SERVICES)
     }
 
-    /// The better of two working tunnels to `cluster`, of those not `tried`. A draining one only if there is no other.
-    pub(crate) fn pick(&self, cluster: &ClusterName, tried: &[u64]) -> Option<Arc<Tunnel>> {
+    /// The better of two working tunnels to `cluster`, of those not `tried`. In this order: draining ones, gateways that
+    /// failed already, and links that the peer dialled only if there is nothing better.
+    pub(crate) fn pick(&self, cluster: &ClusterName, tried: &[Tried]) -> Option<Arc<Tunnel>> {
+        let tried: Vec<&Tried> = tried.iter().filter(|x| x.tunnel.cluster == *cluster).collect();
+        let same = |x: &Tried, t: &Tunnel| x.tunnel.id == t.id || (x.refused && x.tunnel.gateway == t.gateway);
+        let out = |t: &Tunnel| tried.iter().any(|x| same(x, t));
         let up: Vec<Arc<Tunnel>> = of_cluster(&self.lock(), cluster)
-            .filter_map(|peer| peer.tunnel.clone())
-            .filter(|t| !tried.contains(&t.id))
+            .flat_map(|peer| &peer.words)
+            .map(|word| &word.tunnel)
+            .filter(|t| !out(t))
+            .cloned()
             .collect();
-        let staying: Vec<_> = up.iter().filter(|t| !t.is_going()).cloned().collect();
-        better_of_two(if staying.is_empty() { &up } else { &staying }, |t| t.cost())
+        let failed = |t: &Tunnel| tried.iter().any(|x| x.tunnel.gateway == t.gateway);
+        let class = |t: &Arc<Tunnel>| (t.is_going(), failed(t), t.origin == Origin::Accepted);
+        let best = up.iter().map(class).min()?;
+        let best: Vec<_> = up.iter().filter(|t| class(t) == best).cloned().collect();
+        better_of_two(&best, |t| t.cost())
     }
 
-    /// What is known of `cluster`; `None` if it has no gateway that is dialled.
+    /// What is known of `cluster`; `None` if no gateway of it is known.
     pub(crate) fn evidence(&self, cluster: &ClusterName) -> Option<Evidence> {
         let peers = self.lock();
         let all: Vec<&Peer> = of_cluster(&peers, cluster).collect();
         if all.is_empty() {
             return None;
         }
-        let serves = |peer: &&&Peer| peer.tunnel.as_ref().is_some_and(|t| !t.is_going());
-        let serving: Vec<&Peer> = all.iter().filter(serves).copied().collect();
+        let serving: Vec<&Peer> = all.iter().filter(|peer| peer.serves()).copied().collect();
         let reachable = !serving.is_empty();
         // Without a tunnel the last words stand, so that it is known what was there.
         let speakers = if reachable { &serving } else { &all };
         let mut table = Table::new();
-        for (service, word) in speakers.iter().flat_map(|peer| &peer.table) {
+        for (service, word) in speakers.iter().flat_map(|peer| peer.table()) {
             let best = table.entry(service.clone()).or_insert(*word);
             if (word.ready, word.total) > (best.ready, best.total) {
                 *best = *word;
             }
         }
-        Some(Evidence { reachable, tried: all.iter().all(|peer| peer.tried), table })
+        let tried = all.iter().all(|peer| peer.dial.as_ref().is_none_or(|dial| dial.tried));
+        Some(Evidence { reachable, tried, table })
+    }
+
+    /// The peer can only be reached by its own links.
+    pub(crate) fn needs_reverse(&self, tunnel: &Tunnel) -> bool {
+        tunnel.origin == Origin::Accepted && self.lock().get(&key_of(tunnel)).is_none_or(|peer| !has_own(peer))
+    }
+
+    /// Whether an own QUIC tunnel to the peer takes new streams.
+    pub(crate) fn has_quic(&self, key: &PeerKey) -> bool {
+        let own = |word: &Word| {
+            let tunnel = &word.tunnel;
+            tunnel.origin != Origin::Accepted && tunnel.link.transport() == Transport::Quic && !tunnel.is_going()
+        };
+        self.lock().get(key).is_some_and(|peer| peer.words.iter().any(own))
     }
 
     /// How many tunnels to `cluster` work.
     pub(crate) fn count(&self, cluster: &ClusterName) -> usize {
-        of_cluster(&self.lock(), cluster).filter(|peer| peer.tunnel.is_some()).count()
+        of_cluster(&self.lock(), cluster).map(|peer| peer.words.len()).sum()
+    }
+
+    /// How many peers of `cluster` are downgraded.
+    pub(crate) fn downgraded(&self, cluster: &ClusterName) -> usize {
+        let downgraded = |peer: &&Peer| peer.dial.as_ref().is_some_and(|dial| dial.downgraded);
+        of_cluster(&self.lock(), cluster).filter(downgraded).count()
     }
 
     /// Every peer's state, for the agent.
@@ -276,6 +494,10 @@ impl Registry {
             gateway: info.gateway,
             up: info.up && !info.draining,
             rtt_us: info.rtt_us,
+            transport: info.transport.unwrap_or_default(),
+            downgraded: info.downgraded,
+            loss_ppm: info.loss_ppm,
+            cwnd_bytes: info.congestion_window,
         };
         self.infos().into_iter().map(state).collect()
     }
@@ -283,17 +505,29 @@ impl Registry {
     /// Every peer's state, for people.
     pub(crate) fn infos(&self) -> Vec<TunnelInfo> {
         let info = |((cluster, gateway), peer): (&PeerKey, &Peer)| {
-            let tunnel = peer.tunnel.as_deref();
+            let tunnels: Vec<&Tunnel> = peer.words.iter().map(|word| word.tunnel.as_ref()).collect();
+            // The one that the next stream would likely take.
+            let first = tunnels.iter().min_by_key(|t| (t.is_going(), t.origin == Origin::Accepted, t.since));
+            let paths: Vec<_> = tunnels.iter().map(|t| t.link.path()).collect();
             TunnelInfo {
                 cluster: cluster.clone(),
                 gateway: gateway.clone(),
-                address: peer.address,
-                up: tunnel.is_some(),
-                suspect: tunnel.is_some_and(|t| t.suspect.load(Ordering::Relaxed)),
-                draining: tunnel.is_some_and(Tunnel::is_going),
-                rtt_us: tunnel.map(|t| t.rtt_us.load(Ordering::Relaxed)).unwrap_or_default(),
-                open_streams: tunnel.map(|t| t.open.load(Ordering::Relaxed)).unwrap_or_default(),
-                ready: peer.table.iter().map(|(service, word)| (service.clone(), word.ready)).collect(),
+                address: peer.dial.as_ref().map(|dial| dial.address),
+                up: !tunnels.is_empty(),
+                transport: first.map(|t| t.link.transport()),
+                downgraded: peer.dial.as_ref().is_some_and(|dial| dial.downgraded),
+                links: tunnels.len(),
+                accepted: tunnels.iter().filter(|t| t.origin == Origin::Accepted).count(),
+                suspect: !tunnels.is_empty() && tunnels.iter().all(|t| t.is_suspect()),
+                draining: !tunnels.is_empty() && tunnels.iter().all(|t| t.is_going()),
+                rtt_us: first.map(|t| t.rtt_us.load(Ordering::Relaxed)).unwrap_or_default(),
+                packets_sent: paths.iter().map(|p| p.sent).sum(),
+                packets_lost: paths.iter().map(|p| p.lost).sum(),
+                loss_ppm: tunnels.iter().map(|t| t.loss_ppm()).max().unwrap_or_default(),
+                congestion_window: paths.iter().map(|p| p.window).sum(),
+                load_permille: first.map(|t| t.load.load(Ordering::Relaxed)).unwrap_or_default(),
+                open_streams: tunnels.iter().map(|t| t.open.load(Ordering::Relaxed)).sum(),
+                ready: peer.table().iter().map(|(service, word)| (service.clone(), word.ready)).collect(),
             }
         };
         self.lock().iter().map(info).collect()
@@ -303,6 +537,10 @@ impl Registry {
         // Every section leaves the map whole, so a panic in another one does not spoil it.
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn has_own(peer: &Peer) -> bool {
+    peer.words.iter().any(|word| word.tunnel.origin != Origin::Accepted && !word.tunnel.is_going())
 }
 
 fn of_cluster<'a>(peers: &'a BTreeMap<PeerKey, Peer>, cluster: &ClusterName) -> impl Iterator<Item = &'a Peer> {

@@ -93,7 +93,7 @@ fn export(of: &str, name: &str, created_at: u64, number: u16) -> Export {
 fn publication(of: &str, exports: Vec<Export>) -> Publication {
     Publication {
         exports: exports.into_iter().map(|export| (export.service.clone(), export)).collect(),
-        gateways: vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: "127.1.1.11:15443".parse().unwrap() }],
+        gateways: vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: "127.1.1.11:15443".parse().ok() }],
         bundle: bundle(of),
     }
 }

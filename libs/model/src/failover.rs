@@ -32,6 +32,13 @@ impl Default for FailoverPolicy {
     }
 }
 
+impl FailoverPolicy {
+    /// May traffic enter this region? An unknown one, which is empty, is outside every boundary.
+    pub fn allows(&self, region: &Region) -> bool {
+        self.allowed_regions.as_ref().is_none_or(|allowed| allowed.contains(region) && !region.as_str().is_empty())
+    }
+}
+
 /// How near a cluster is to the caller, nearest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -178,7 +185,7 @@ fn forbidden(cluster: &ClusterName, info: Option<&ClusterInfo>, policy: &Failove
         return Some(format!("{cluster} is revoked"));
     }
     let allowed = policy.allowed_regions.as_ref()?;
-    if allowed.contains(&info.locality.region) {
+    if policy.allows(&info.locality.region) {
         return None;
     }
     let allowed: Vec<&str> = allowed.iter().map(Region::as_str).collect();

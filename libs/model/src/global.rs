@@ -42,7 +42,7 @@ pub struct ClusterInfo {
     pub state: ClusterState,
     /// Its own trust domain's bundle.
     pub bundle: TrustBundle,
-    /// Where its tunnels are dialled.
+    /// And where their tunnels are dialled.
     pub gateways: Vec<GatewayAddress>,
 }
 

@@ -2,8 +2,9 @@
 //! availability, names on the wire (SNI, VIP). No IO, no clock, no tokio, tonic or kube: time comes in as a value.
 //!
 //! Every decision that more than one part makes lives here once: [`merge`] (control plane), [`failover::choose`]
-//! (agent, gateway, DNS, `isthmusctl explain`), [`sni`] (agent and gateway), [`vip`] (agent and DNS).
+//! (agent, gateway, DNS, `isthmusctl explain`), [`access::may_use`] (both gateways of a connection), [`sni`] (agent and gateway), [`vip`] (agent and DNS).
 
+pub mod access;
 pub mod availability;
 pub mod failover;
 pub mod global;

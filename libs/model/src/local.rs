@@ -61,8 +61,8 @@ impl LocalEndpoints {
 pub struct LocalGateway {
     /// Unique within the cluster.
     pub name: String,
-    /// Where peers dial (UDP).
-    pub tunnel: SocketAddr,
+    /// Where peers dial (UDP; TCP too where links may run over it); `None`: it cannot be dialled and only dials out.
+    pub tunnel: Option<SocketAddr>,
     /// Where local sidecars dial (TCP).
     pub local_ip: IpAddr,
     /// The port where the gateway chooses the cluster.
@@ -93,8 +93,20 @@ pub struct Inbound {
     pub protocol: AppProtocol,
 }
 
+/// What a tunnel runs over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// QUIC, over UDP.
+    #[default]
+    Quic,
+    /// TLS, over TCP.
+    Tcp,
+}
+
 /// The state of a gateway's path to another cluster's gateway.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct TunnelState {
     /// The far cluster.
     pub cluster: ClusterName,
@@ -104,4 +116,31 @@ pub struct TunnelState {
     pub up: bool,
     /// Smoothed round-trip time in microseconds; 0 if not measured.
     pub rtt_us: u32,
+    /// What it runs over, or ran over when it was last up.
+    pub transport: Transport,
+    /// It should run over QUIC, and runs over TCP because QUIC does not get through.
+    pub downgraded: bool,
+    /// Lost packets per million sent, of late; 0 if not measured.
+    pub loss_ppm: u32,
+    /// Bytes that may be under way at once (congestion window); 0 if not measured.
+    pub cwnd_bytes: u64,
+}
+
+/// A path, and which of the cluster's own gateways says so.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TunnelReport {
+    /// The near gateway.
+    pub from: String,
+    /// Its path.
+    #[serde(flatten)]
+    pub tunnel: TunnelState,
+}
+
+impl TunnelState {
+    /// Says the same as `other` but for what is measured: round-trip time, loss and congestion window.
+    pub fn same_but_for_measures(&self, other: &Self) -> bool {
+        let unmeasured = |t: &Self| Self { rtt_us: 0, loss_ppm: 0, cwnd_bytes: 0, ..t.clone() };
+        unmeasured(self) == unmeasured(other)
+    }
 }

@@ -60,13 +60,13 @@ pub struct Export {
     pub identities: BTreeSet<SpiffeId>,
 }
 
-/// Where a gateway's tunnel is dialled.
+/// A gateway, and where its tunnel is dialled.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct GatewayAddress {
     /// Unique within its cluster.
     pub name: String,
-    /// UDP address.
-    pub tunnel: SocketAddr,
+    /// Where peers dial; `None`: it cannot be dialled (behind a NAT, say), so that peers wait for its connections.
+    pub tunnel: Option<SocketAddr>,
 }
 
 /// A SPIFFE bundle document with the proof that the preceding bundle's owner made it.

@@ -2,7 +2,6 @@ use std::collections::BTreeSet;
 
 use isthmus_api::manifest::{self, Object};
 use isthmus_model::{
-    availability::Report,
     global::{ClusterInfo, Exporter, GlobalPort, GlobalService, Locality, Settings},
     ids::{ClusterIndex, Epoch, PortName, Revision, Stamp, VipIndex},
     local::{self, Inbound},
@@ -116,21 +115,22 @@ fn sidecar(account: &str) -> Sidecar {
     Sidecar { hello, identity: format!("spiffe://us-east.example/ns/shop/sa/{account}").parse().unwrap() }
 }
 
-fn gateway(name: &str) -> LocalGateway {
+/// Of a process that does not say which one it is.
+fn gateway(name: &str) -> gateways::Hello {
     let hello = local::LocalGateway {
         name: name.to_owned(),
-        tunnel: "127.1.1.11:15443".parse().unwrap(),
+        tunnel: "127.1.1.11:15443".parse().ok(),
         local_ip: "127.1.1.11".parse().unwrap(),
         auto_port: 15440,
         pinned_port_base: 15500,
     };
-    LocalGateway { hello, draining: false }
+    gateways::Hello { gateway: LocalGateway { hello, draining: false }, instance: String::new() }
 }
 
 fn report(ready: u8, reachable: bool) -> GatewayEvent {
     let current = Availability { ready, total: 2, reachable };
     let report = Report { service: cart(), cluster: "us-west".parse().unwrap(), current, recovered_at: None };
-    GatewayEvent::Report(AvailabilityReport { availability: vec![report], tunnels: Vec::new() })
+    GatewayEvent::Report(vec![report])
 }
 
 fn on_sidecar(state: &mut State, session: Session, event: SidecarEvent) -> Result<(), Refusal> {

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc::Sender, watch};
 use tonic::{Status, Streaming};
 
 use super::{End, Parts, first, hello_again, hello_missing, place};
-use crate::hub::Feeds;
+use crate::{hub::Feeds, status::Attached};
 
 type Out = Sender<Result<DnsUpdate, Status>>;
 
@@ -28,18 +28,17 @@ pub(super) async fn run(parts: &Parts, mut inbound: Streaming<DnsMessage>, out: 
     };
     check_label("DNS server name", &hello.name).map_err(|e| Status::invalid_argument(e.to_string()))?;
     let session = parts.hub.session();
-    parts.status.attached(ConsumerKind::Dns, &hello.name, session);
+    let standing = parts.status.attach(ConsumerKind::Dns, &hello.name, session);
     tracing::info!(dns = %hello.name, "DNS server connected");
-    let stream = Stream { parts, name: &hello.name, feeds: parts.hub.feeds.clone(), sent: Sent::default() };
+    let stream = Stream { parts, standing, feeds: parts.hub.feeds.clone(), sent: Sent::default() };
     let outcome = stream.run(inbound, out).await;
-    parts.status.detached(ConsumerKind::Dns, &hello.name, session);
     tracing::info!(dns = %hello.name, "DNS server disconnected");
     outcome.map(|_| ())
 }
 
 struct Stream<'a> {
     parts: &'a Parts,
-    name: &'a str,
+    standing: Attached,
     feeds: watch::Receiver<Feeds>,
     sent: Sent,
 }
@@ -71,7 +70,7 @@ impl Stream<'_> {
                 () = out.closed() => return Ok(End::Lost),
                 message = inbound.message() => match message.map(|m| m.map(|m| m.kind)) {
                     Ok(Some(Some(dns_message::Kind::Applied(stamp)))) => {
-                        self.parts.status.applied(ConsumerKind::Dns, self.name, Stamp::try_from(stamp)?);
+                        self.standing.applied(Stamp::try_from(stamp)?);
                     }
                     Ok(Some(Some(dns_message::Kind::Hello(_)))) => return Err(hello_again()),
                     // Of a newer version.

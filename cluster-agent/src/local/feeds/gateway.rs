@@ -4,8 +4,8 @@
 use std::sync::Arc;
 
 use isthmus_api::{
-    convert::{AvailabilityReport, ConsumerKind},
-    proto::local::v1::{GatewayMessage, GatewayUpdate, gateway_message, gateway_update},
+    convert::{AvailabilityReport, ConsumerKind, ConvertError},
+    proto::local::v1::{GatewayHello, GatewayMessage, GatewayUpdate, gateway_message, gateway_update},
 };
 use isthmus_model::{
     ids::Stamp,
@@ -18,10 +18,14 @@ use super::{End, Parts, first, hello_again, hello_missing, place, taken};
 use crate::{
     hub::{
         Feeds,
+        gateways::Hello,
         state::{Event, GatewayEvent, Session},
     },
+    status::Attached,
     view::LocalGateway,
 };
+
+const MAX_INSTANCE: usize = 64;
 
 type Out = Sender<Result<GatewayUpdate, Status>>;
 
@@ -29,15 +33,17 @@ pub(super) async fn run(parts: &Parts, mut inbound: Streaming<GatewayMessage>, o
     let Some(gateway_message::Kind::Hello(hello)) = first(&mut inbound).await?.kind else {
         return Err(hello_missing());
     };
+    let instance = instance(&hello)?;
     let gateway = LocalGateway { hello: local::LocalGateway::try_from(hello)?, draining: false };
     let name = gateway.hello.name.clone();
+    let hello = Hello { gateway, instance };
     let session = parts.hub.session();
-    taken(parts.hub.send(Event::Gateway(name.clone(), session, GatewayEvent::Hello(gateway))).await)?;
-    parts.status.attached(ConsumerKind::Gateway, &name, session);
+    taken(parts.hub.send(Event::Gateway(name.clone(), session, GatewayEvent::Hello(hello))).await)?;
+    let standing = parts.status.attach(ConsumerKind::Gateway, &name, session);
     tracing::info!(gateway = %name, "gateway connected");
-    let stream = Stream { parts, name: &name, session, feeds: parts.hub.feeds.clone(), sent: Sent::default() };
+    let stream =
+        Stream { parts, name: &name, session, standing, feeds: parts.hub.feeds.clone(), sent: Sent::default() };
     let outcome = stream.run(inbound, out).await;
-    parts.status.detached(ConsumerKind::Gateway, &name, session);
     let end = *outcome.as_ref().unwrap_or(&End::Lost);
     tracing::info!(gateway = %name, ?end, "gateway disconnected");
     let event = match end {
@@ -49,10 +55,19 @@ pub(super) async fn run(parts: &Parts, mut inbound: Streaming<GatewayMessage>, o
     outcome.map(|_| ())
 }
 
+/// Which process of its name it is.
+fn instance(hello: &GatewayHello) -> Result<String, ConvertError> {
+    match hello.instance.len() {
+        0..=MAX_INSTANCE => Ok(hello.instance.clone()),
+        n => Err(ConvertError::new("instance", format!("{n} bytes; at most {MAX_INSTANCE} are allowed"))),
+    }
+}
+
 struct Stream<'a> {
     parts: &'a Parts,
     name: &'a str,
     session: Session,
+    standing: Attached,
     feeds: watch::Receiver<Feeds>,
     sent: Sent,
 }
@@ -96,15 +111,17 @@ impl Stream<'_> {
         let event = match message.kind {
             Some(gateway_message::Kind::Hello(_)) => return Err(hello_again()),
             Some(gateway_message::Kind::Applied(stamp)) => {
-                self.parts.status.applied(ConsumerKind::Gateway, self.name, Stamp::try_from(stamp)?);
+                self.standing.applied(Stamp::try_from(stamp)?);
                 return Ok(());
             }
             Some(gateway_message::Kind::Problems(problems)) => {
-                self.parts.status.consumer_problems(ConsumerKind::Gateway, self.name, problems.texts);
+                self.standing.problems(problems.texts);
                 return Ok(());
             }
             Some(gateway_message::Kind::Availability(report)) => {
-                GatewayEvent::Report(AvailabilityReport::try_from(report)?)
+                let report = AvailabilityReport::try_from(report)?;
+                self.standing.tunnels(report.tunnels);
+                GatewayEvent::Report(report.availability)
             }
             Some(gateway_message::Kind::Draining(_)) => GatewayEvent::Draining,
             // Of a newer version.

@@ -162,13 +162,13 @@ impl TryFrom<pb::GatewayAddress> for GatewayAddress {
 
     fn try_from(p: pb::GatewayAddress) -> Result<Self> {
         check_label("gateway name", &p.name).map_err(|e| ConvertError::new("name", e.to_string()))?;
-        Ok(Self { tunnel: dialable("tunnel", &p.tunnel)?, name: p.name })
+        Ok(Self { tunnel: maybe_dialable("tunnel", &p.tunnel)?, name: p.name })
     }
 }
 
 impl From<&GatewayAddress> for pb::GatewayAddress {
     fn from(a: &GatewayAddress) -> Self {
-        Self { name: a.name.clone(), tunnel: a.tunnel.to_string() }
+        Self { name: a.name.clone(), tunnel: a.tunnel.map(|t| t.to_string()).unwrap_or_default() }
     }
 }
 
@@ -176,6 +176,11 @@ impl From<&GatewayAddress> for pb::GatewayAddress {
 pub(super) fn gateways(field: &str, items: Vec<pb::GatewayAddress>) -> Result<Vec<GatewayAddress>> {
     let by_name = unique(field, limits::GATEWAYS, items, GatewayAddress::try_from, |g| g.name.clone())?;
     Ok(by_name.into_values().collect())
+}
+
+/// As [`dialable`]; empty: nothing can be sent there.
+pub(super) fn maybe_dialable(field: &str, text: &str) -> Result<Option<SocketAddr>> {
+    if text.is_empty() { Ok(None) } else { dialable(field, text).map(Some) }
 }
 
 /// "ip:port" that something can be sent to.

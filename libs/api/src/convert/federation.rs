@@ -3,6 +3,7 @@
 use isthmus_model::{
     availability::Report,
     ids::{Stamp, check_label},
+    local::TunnelReport,
     service::{Export, Publication, ServicePort},
     time::Timestamp,
 };
@@ -143,6 +144,23 @@ pub struct Status {
     pub availability: Vec<Report>,
     /// Bad manifests and the like.
     pub problems: Vec<Problem>,
+    /// Where its gateways' tunnels stand.
+    pub tunnels: Vec<TunnelReport>,
+}
+
+impl TryFrom<pb::TunnelReport> for TunnelReport {
+    type Error = ConvertError;
+
+    fn try_from(p: pb::TunnelReport) -> Result<Self> {
+        check_label("gateway name", &p.from).map_err(|e| ConvertError::new("from", e.to_string()))?;
+        Ok(Self { from: p.from, tunnel: required("tunnel", p.tunnel)? })
+    }
+}
+
+impl From<&TunnelReport> for pb::TunnelReport {
+    fn from(t: &TunnelReport) -> Self {
+        Self { from: t.from.clone(), tunnel: Some((&t.tunnel).into()) }
+    }
 }
 
 impl TryFrom<common::ConsumerStatus> for ConsumerStatus {
@@ -196,6 +214,7 @@ impl TryFrom<pb::Status> for Status {
             problems: list("problems", limits::STATUS, p.problems, |p| {
                 Ok(Problem { at: text(p.at), field: text(p.field), message: text(p.message) })
             })?,
+            tunnels: list("tunnels", limits::TUNNELS, p.tunnels, TunnelReport::try_from)?,
         })
     }
 }
@@ -208,6 +227,7 @@ impl From<&Status> for pb::Status {
             consumers: s.consumers.iter().map(Into::into).collect(),
             availability: s.availability.iter().map(Into::into).collect(),
             problems: s.problems.iter().map(problem).collect(),
+            tunnels: s.tunnels.iter().map(Into::into).collect(),
         }
     }
 }

@@ -5,15 +5,17 @@ use std::net::IpAddr;
 use isthmus_model::{
     availability::{Availability, Report},
     ids::{PortName, ServiceName, check_label},
-    local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, TunnelState},
+    local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, Transport, TunnelState},
 };
 
 use super::{
     ConvertError, Result,
-    common::{app_protocol, counts, dialable},
+    common::{app_protocol, counts, dialable, known, maybe_dialable},
     limits, list, name, port, required, unique,
 };
 use crate::proto::{common::v1 as common, local::v1 as pb};
+
+const MILLION: u32 = 1_000_000;
 
 /// Everything one gateway knows of other clusters.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,18 +46,50 @@ impl From<&AvailabilityReport> for pb::AvailabilityReport {
     }
 }
 
-impl TryFrom<pb::TunnelStatus> for TunnelState {
+impl TryFrom<common::TunnelStatus> for TunnelState {
     type Error = ConvertError;
 
-    fn try_from(p: pb::TunnelStatus) -> Result<Self> {
+    fn try_from(p: common::TunnelStatus) -> Result<Self> {
         check_label("gateway name", &p.gateway).map_err(|e| ConvertError::new("gateway", e.to_string()))?;
-        Ok(Self { cluster: name("cluster", &p.cluster)?, gateway: p.gateway, up: p.up, rtt_us: p.rtt_us })
+        let transport = match known::<common::Transport>("transport", p.transport)? {
+            common::Transport::Quic | common::Transport::Unspecified => Transport::Quic,
+            common::Transport::Tcp => Transport::Tcp,
+        };
+        if p.downgraded && transport != Transport::Tcp {
+            return Err(ConvertError::new("downgraded", "is set for a tunnel over QUIC, which is what it falls from"));
+        }
+        if p.loss_ppm > MILLION {
+            return Err(ConvertError::new("loss_ppm", format!("{} lost of every million is too many", p.loss_ppm)));
+        }
+        Ok(Self {
+            cluster: name("cluster", &p.cluster)?,
+            gateway: p.gateway,
+            up: p.up,
+            rtt_us: p.rtt_us,
+            transport,
+            downgraded: p.downgraded,
+            loss_ppm: p.loss_ppm,
+            cwnd_bytes: p.cwnd_bytes,
+        })
     }
 }
 
-impl From<&TunnelState> for pb::TunnelStatus {
+impl From<&TunnelState> for common::TunnelStatus {
     fn from(t: &TunnelState) -> Self {
-        Self { cluster: t.cluster.to_string(), gateway: t.gateway.clone(), up: t.up, rtt_us: t.rtt_us }
+        let transport = match t.transport {
+            Transport::Quic => common::Transport::Quic,
+            Transport::Tcp => common::Transport::Tcp,
+        };
+        Self {
+            cluster: t.cluster.to_string(),
+            gateway: t.gateway.clone(),
+            up: t.up,
+            rtt_us: t.rtt_us,
+            transport: transport.into(),
+            downgraded: t.downgraded,
+            loss_ppm: t.loss_ppm,
+            cwnd_bytes: t.cwnd_bytes,
+        }
     }
 }
 
@@ -131,7 +165,7 @@ impl TryFrom<pb::GatewayHello> for LocalGateway {
         check_label("gateway name", &p.name).map_err(|e| ConvertError::new("name", e.to_string()))?;
         Ok(Self {
             name: p.name,
-            tunnel: dialable("tunnel_address", &p.tunnel_address)?,
+            tunnel: maybe_dialable("tunnel_address", &p.tunnel_address)?,
             local_ip: ip("local_ip", &p.local_ip)?,
             auto_port: port("auto_port", p.auto_port)?,
             pinned_port_base: port("pinned_port_base", p.pinned_port_base)?,
@@ -143,10 +177,11 @@ impl From<&LocalGateway> for pb::GatewayHello {
     fn from(g: &LocalGateway) -> Self {
         Self {
             name: g.name.clone(),
-            tunnel_address: g.tunnel.to_string(),
+            tunnel_address: g.tunnel.map(|t| t.to_string()).unwrap_or_default(),
             local_ip: g.local_ip.to_string(),
             auto_port: g.auto_port.into(),
             pinned_port_base: g.pinned_port_base.into(),
+            instance: String::new(),
         }
     }
 }

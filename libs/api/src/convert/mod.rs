@@ -42,6 +42,8 @@ pub mod limits {
     pub const AVAILABILITY: usize = 1_000_000;
     /// Consumers, and problems, that one cluster may report.
     pub const STATUS: usize = 10_000;
+    /// Tunnels that one cluster may report, of all its gateways together.
+    pub const TUNNELS: usize = 50_000;
     /// Problems that one consumer may report.
     pub const CONSUMER_PROBLEMS: usize = 64;
     /// Services that one sidecar calls.

@@ -7,7 +7,7 @@ use isthmus_model::{
     failover::FailoverPolicy,
     global::{ClusterInfo, ClusterState, Conflict, GlobalDelta, GlobalSnapshot, Locality, Settings},
     ids::{ClusterIndex, ClusterName, Epoch, Revision, ServiceName, Stamp, VipIndex},
-    local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, TunnelState},
+    local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, Transport, TunnelReport, TunnelState},
     merge::merge,
     service::{AppProtocol, Export, GatewayAddress, Publication, ServiceKind, ServicePort, TrustBundle},
     time::Timestamp,
@@ -51,9 +51,10 @@ fn publication((cluster, age, headless, ports): &Said) -> Publication {
         ports,
         identities: [id.parse().unwrap()].into(),
     };
+    let gateway = |name: &str, tunnel| GatewayAddress { name: name.into(), tunnel };
     Publication {
         exports: [(service, export)].into(),
-        gateways: vec![GatewayAddress { name: "gateway-1".into(), tunnel: "127.1.1.11:15443".parse().unwrap() }],
+        gateways: vec![gateway("gateway-1", "127.1.1.11:15443".parse().ok()), gateway("gateway-2", None)],
         bundle: bundle(&format!("c{cluster}.example")),
     }
 }
@@ -167,14 +168,16 @@ fn local_messages_survive_the_wire() {
     let endpoints = LocalEndpoints { services: [(ServiceName::new("shop", "cart").unwrap(), vec![endpoint])].into() };
     assert_eq!(loc::LocalEndpoints::from(&endpoints).try_into(), Ok(endpoints));
 
-    let gateway = LocalGateway {
-        name: "gateway-1".into(),
-        tunnel: "127.1.1.11:15443".parse().unwrap(),
-        local_ip: "127.1.1.11".parse().unwrap(),
-        auto_port: 15440,
-        pinned_port_base: 15500,
-    };
-    assert_eq!(loc::GatewayHello::from(&gateway).try_into(), Ok(gateway));
+    for tunnel in ["127.1.1.11:15443".parse().ok(), None] {
+        let gateway = LocalGateway {
+            name: "gateway-1".into(),
+            tunnel,
+            local_ip: "127.1.1.11".parse().unwrap(),
+            auto_port: 15440,
+            pinned_port_base: 15500,
+        };
+        assert_eq!(loc::GatewayHello::from(&gateway).try_into(), Ok(gateway));
+    }
 
     let sidecar = Sidecar {
         name: "cart-1".into(),
@@ -191,14 +194,38 @@ fn local_messages_survive_the_wire() {
             current: Availability { ready: 1, total: 2, reachable: true },
             recovered_at: Some(Timestamp(7)),
         }],
-        tunnels: vec![TunnelState {
-            cluster: "us-west".parse().unwrap(),
-            gateway: "gateway-1".into(),
-            up: true,
-            rtt_us: 700,
-        }],
+        tunnels: vec![tunnel()],
     };
     assert_eq!(loc::AvailabilityReport::from(&report).try_into(), Ok(report));
+}
+
+fn tunnel() -> TunnelState {
+    TunnelState {
+        cluster: "us-west".parse().unwrap(),
+        gateway: "gateway-1".into(),
+        up: true,
+        rtt_us: 700,
+        transport: Transport::Tcp,
+        downgraded: true,
+        loss_ppm: 12_000,
+        cwnd_bytes: 64_000,
+    }
+}
+
+#[test]
+fn a_tunnels_state_is_checked_and_one_from_before_there_was_a_choice_runs_over_quic() {
+    let said = common::TunnelStatus::from(&tunnel());
+    let field = |change: &dyn Fn(&mut common::TunnelStatus)| {
+        let mut said = said.clone();
+        change(&mut said);
+        TunnelState::try_from(said).map(|t| t.transport).map_err(|e| e.field)
+    };
+    assert_eq!(field(&|t| (t.transport, t.downgraded) = (0, false)), Ok(Transport::Quic));
+    assert_eq!(field(&|t| t.loss_ppm = 1_000_000), Ok(Transport::Tcp));
+    assert_eq!(field(&|t| t.loss_ppm = 1_000_001), Err("loss_ppm".to_owned()));
+    assert_eq!(field(&|t| t.transport = 1), Err("downgraded".to_owned()));
+    assert_eq!(field(&|t| t.transport = 9), Err("transport".to_owned()));
+    assert_eq!(field(&|t| t.gateway = "a/b".to_owned()), Err("gateway".to_owned()));
 }
 
 #[test]
@@ -213,6 +240,7 @@ fn status_survives_the_wire() {
         }],
         availability: vec![],
         problems: vec![Problem { at: "cart.yaml:14".into(), field: "spec".into(), message: "is missing".into() }],
+        tunnels: vec![TunnelReport { from: "gateway-2".into(), tunnel: tunnel() }],
     };
     assert_eq!(fed::Status::from(&status).try_into(), Ok(status));
 }
@@ -255,7 +283,7 @@ fn a_bad_publication_is_refused_with_the_path_of_its_field() {
         "exports: shop/cart names spiffe://other.example/ns/shop/sa/cart, which is outside the cluster's trust domain c0.example"
     );
     assert_eq!(refusal(|p| p.exports.push(p.exports[0].clone())), "exports[1]: shop/cart is there twice");
-    assert_eq!(refusal(|p| p.gateways.push(p.gateways[0].clone())), "gateways[1]: gateway-1 is there twice");
+    assert_eq!(refusal(|p| p.gateways.push(p.gateways[0].clone())), "gateways[2]: gateway-1 is there twice");
     assert!(
         refusal(|p| p.gateways[0].tunnel = "0.0.0.0:1".into()).starts_with("gateways[0].tunnel: \"0.0.0.0:1\" cannot")
     );

@@ -1,9 +1,14 @@
-//! The QUIC endpoint: one UDP socket that both dials and accepts.
+//! The QUIC transport: one UDP socket that both dials and accepts, and links over it.
 //!
 //! In: the bound socket, the gateway's identity and the federation's roots. Out: a quinn endpoint whose handshakes are
-//! mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded by configuration.
+//! mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded by configuration. A peer whose
+//! address changes keeps its connections (RFC 9000, 9): quinn's server side follows it after validating the new path.
 
-use std::{net::UdpSocket, sync::Arc, time::Duration};
+use std::{
+    net::{SocketAddr, UdpSocket},
+    sync::Arc,
+    time::Duration,
+};
 
 use isthmus_identity::{
     bundle::TrustStore,
@@ -14,13 +19,20 @@ use prometheus_client::metrics::counter::Counter;
 use quinn::{
     ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, MtuDiscoveryConfig, TokioRuntime, TransportConfig,
     VarInt,
+    congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig},
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
 use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
+use rustls::pki_types::CertificateDer;
 use socket2::SockRef;
 
-use super::ALPN;
-use crate::config::TunnelConfig;
+use super::{Fresh, Link, Path, RecvHalf, SendHalf};
+use crate::config::{Congestion, TunnelConfig};
+
+/// The protocol's name (ALPN).
+pub(crate) const ALPN: &[u8] = b"isthmus-tunnel/1";
+/// The name in the tunnel's own ClientHello. Nobody looks at it: the SPIFFE ID counts.
+const SERVER_NAME: &str = "gateway.invalid";
 
 /// RFC 9000: what every path carries, and what quinn reads by default.
 const DEFAULT_PAYLOAD: u16 = 1_472;
@@ -65,6 +77,18 @@ pub(crate) fn gateway_cluster(id: &SpiffeId, federation: &TrustDomain) -> Option
     }
 }
 
+/// Accepts the gateways of any cluster of `federation`.
+pub(crate) fn any_gateway(federation: &TrustDomain) -> PeerPolicy {
+    let federation = federation.clone();
+    Arc::new(move |id| gateway_cluster(id, &federation).is_some())
+}
+
+/// Accepts the gateways of `cluster`, and nobody else.
+pub(crate) fn gateway_of(federation: &TrustDomain, cluster: &ClusterName) -> PeerPolicy {
+    let (federation, cluster) = (federation.clone(), cluster.clone());
+    Arc::new(move |id| gateway_cluster(id, &federation).as_ref() == Some(&cluster))
+}
+
 /// The endpoint on `socket`, accepting from gateways of this federation. `garbage` counts datagrams that are no QUIC of
 /// ours.
 pub(crate) fn endpoint(
@@ -74,10 +98,8 @@ pub(crate) fn endpoint(
     garbage: Counter,
 ) -> Result<Endpoint, EndpointError> {
     grow_buffers(&socket, config.socket_buffer_bytes);
-    let federation = identity.federation.clone();
-    let policy: PeerPolicy = Arc::new(move |id| gateway_cluster(id, &federation).is_some());
-    let tls = tls::server_config(&identity.source, &identity.trust, ClientAuth::Required(policy), &[ALPN])
-        .map_err(EndpointError::Tls)?;
+    let auth = ClientAuth::Required(any_gateway(&identity.federation));
+    let tls = tls::server_config(&identity.source, &identity.trust, auth, &[ALPN]).map_err(EndpointError::Tls)?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     server.transport_config(Arc::new(transport(config)?));
     // Handshakes that were not looked at yet; the rest is refused.
@@ -90,19 +112,66 @@ pub(crate) fn endpoint(
     Endpoint::new(endpoint, Some(server), socket, Arc::new(TokioRuntime)).map_err(EndpointError::Socket)
 }
 
-/// How to dial a gateway of `cluster`, and nobody else.
-pub(crate) fn dialler(
+/// Dials `address`, where a gateway of `cluster` is expected. The caller sets the deadline.
+pub(crate) async fn dial(
+    endpoint: &Endpoint,
     config: &TunnelConfig,
     identity: &Identity,
-    cluster: &ClusterName,
-) -> Result<quinn::ClientConfig, EndpointError> {
-    let (federation, cluster) = (identity.federation.clone(), cluster.clone());
-    let policy: PeerPolicy = Arc::new(move |id| gateway_cluster(id, &federation).as_ref() == Some(&cluster));
+    (cluster, address): (&ClusterName, SocketAddr),
+) -> Result<Fresh, DialError> {
+    let connection = connect(endpoint, config, identity, (cluster, address)).await?;
+    let (send, recv) = connection.open_bi().await?;
+    Ok(Fresh { link: Link::Quic(connection), send: SendHalf::Quic(send), recv: RecvHalf::Quic(recv) })
+}
+
+/// The same without a control stream.
+pub(crate) async fn connect(
+    endpoint: &Endpoint,
+    config: &TunnelConfig,
+    identity: &Identity,
+    (cluster, address): (&ClusterName, SocketAddr),
+) -> Result<quinn::Connection, DialError> {
+    let policy = gateway_of(&identity.federation, cluster);
     let tls =
         tls::client_config(Some(&identity.source), &identity.trust, policy, &[ALPN]).map_err(EndpointError::Tls)?;
-    let mut client = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+    let mut client =
+        quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).map_err(EndpointError::Cipher)?));
     client.transport_config(Arc::new(transport(config)?));
-    Ok(client)
+    Ok(endpoint.connect_with(client, address, SERVER_NAME)?.await?)
+}
+
+/// Why dialling failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DialError {
+    /// Our side cannot be made.
+    #[error("configure the dialler")]
+    Configure(#[from] EndpointError),
+    /// No packet was sent.
+    #[error("begin the QUIC handshake")]
+    Begin(#[from] quinn::ConnectError),
+    /// The peer did not answer, or not well.
+    #[error("finish the QUIC handshake")]
+    Handshake(#[from] quinn::ConnectionError),
+}
+
+/// The peer's certificate.
+pub(crate) fn leaf(connection: &quinn::Connection) -> Option<CertificateDer<'static>> {
+    let identity = connection.peer_identity()?;
+    identity.downcast_ref::<Vec<CertificateDer<'static>>>()?.first().cloned()
+}
+
+/// What the connection knows of its path.
+pub(crate) fn path(connection: &quinn::Connection) -> Path {
+    let path = connection.stats().path;
+    Path { rtt: path.rtt, sent: path.sent_packets, lost: path.lost_packets, window: path.cwnd }
+}
+
+fn congestion(config: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
+    match config {
+        Congestion::Cubic => Arc::new(CubicConfig::default()),
+        Congestion::Bbr => Arc::new(BbrConfig::default()),
+        Congestion::NewReno => Arc::new(NewRenoConfig::default()),
+    }
 }
 
 fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
@@ -122,6 +191,7 @@ fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
         .initial_rtt(Duration::from_millis(100))
         .send_fairness(false)
         .mtu_discovery_config(Some(discovery))
+        .congestion_controller_factory(congestion(config.congestion))
         .datagram_receive_buffer_size(None);
     Ok(transport)
 }

@@ -1,0 +1,234 @@
+//! Keeps one link to one peer: dials with backoff and jitter, watches over it, and replaces it before it must end.
+//!
+//! Several lanes may lead to one peer. A link is replaced make-before-break when this gateway's certificate was renewed,
+//! when the peer's nears its end, or when QUIC works again where TCP stood in for it: the old link takes no new streams,
+//! the running ones finish on it. A lane ends with its peer.
+
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use isthmus_runtime::backoff::Backoff;
+use quinn::Endpoint;
+use tokio::{sync::watch, time};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Close, accept,
+    control::{Control, HelloError},
+    link::{self, Link, quic, tcp},
+    registry::{Origin, PeerKey, Steer, Tunnel},
+};
+use crate::core::{Core, expires};
+
+const BACKOFF_BASE: Duration = Duration::from_millis(100);
+/// What an attempt takes at most where the peer lives: a round trip or two.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// How often it is asked whether a link should be replaced.
+const WATCH: Duration = Duration::from_millis(200);
+/// A link is replaced so long before the peer's certificate ends, or when a quarter of what was left of it is.
+const EARLY: Duration = Duration::from_secs(3_600);
+
+/// What a lane is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    Quic,
+    Tcp,
+    /// TCP, while no QUIC lane works.
+    TcpWithoutQuic,
+}
+
+/// Why a peer could not be reached.
+#[derive(Debug, thiserror::Error)]
+enum DialError {
+    #[error("dial over QUIC")]
+    Quic(#[from] quic::DialError),
+    #[error("dial over TCP")]
+    Tcp(#[from] tcp::TcpError),
+    #[error("open the control stream")]
+    Control(#[from] HelloError),
+    #[error("no answer in time")]
+    Timeout,
+    #[error("the gateway at this address calls itself {0:?}")]
+    OtherGateway(String),
+}
+
+/// One gateway to be reached.
+#[derive(Clone)]
+pub(super) struct Peer {
+    pub(super) core: Arc<Core>,
+    pub(super) endpoint: Endpoint,
+    pub(super) key: PeerKey,
+    pub(super) address: SocketAddr,
+    pub(super) steer: Steer,
+}
+
+impl Peer {
+    /// Keeps one link until the peer is given up.
+    pub(super) async fn keep(self, lane: Lane) {
+        let mut wake = self.steer.wake.subscribe();
+        tokio::select! {
+            () = self.lane(lane, &mut wake) => {}
+            () = self.steer.cancel.cancelled() => {}
+        }
+    }
+
+    async fn lane(&self, lane: Lane, wake: &mut watch::Receiver<u64>) {
+        let mut backoff = Backoff::new(BACKOFF_BASE, self.core.config.tunnel.dial_backoff_max);
+        loop {
+            if lane == Lane::TcpWithoutQuic {
+                self.without_quic(self.core.config.tunnel.fallback_after).await;
+            }
+            let dialled = tokio::select! {
+                dialled = self.dial(lane) => dialled,
+                // An attempt's packets may have been lost to a dead predecessor.
+                () = sign_of_life(wake) => continue,
+            };
+            match dialled {
+                Ok((link, control)) => {
+                    backoff.reset();
+                    if self.carry(lane, link, control).await == Ended::Replace {
+                        continue;
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(
+                        cluster = %self.key.0, gateway = self.key.1, address = %self.address,
+                        error = isthmus_runtime::tasks::chain(&error), "peer not reached"
+                    );
+                    self.core.registry.failed(&self.key);
+                    self.core.refresh(&self.key.0);
+                }
+            }
+            tokio::select! {
+                () = time::sleep(backoff.next()) => {}
+                _ = wake.changed() => {}
+            }
+        }
+    }
+
+    async fn dial(&self, lane: Lane) -> Result<(Link, Control), DialError> {
+        let core = &self.core;
+        let attempt = async {
+            let fresh = match lane {
+                Lane::Quic => {
+                    let to = (&self.key.0, self.address);
+                    quic::dial(&self.endpoint, &core.config.tunnel, &core.identity, to).await?
+                }
+                Lane::Tcp | Lane::TcpWithoutQuic => tcp::dial(core, &self.key.0, self.address).await?,
+            };
+            let control = Control::open(fresh.send, fresh.recv, &core.config.name).await?;
+            if control.peer != self.key.1 {
+                fresh.link.close(Close::Protocol);
+                return Err(DialError::OtherGateway(control.peer));
+            }
+            Ok((fresh.link, control))
+        };
+        time::timeout(core.config.tunnel.handshake_timeout, attempt).await.unwrap_or(Err(DialError::Timeout))
+    }
+
+    /// From here until it ends or is replaced, new streams may use the link.
+    async fn carry(&self, lane: Lane, link: Link, control: Control) -> Ended {
+        let (cluster, gateway) = &self.key;
+        let transport = link.transport();
+        let origin = Origin::Dialled(self.address);
+        let tunnel = Arc::new(Tunnel::new(&self.core, self.key.clone(), link, origin));
+        let replace = self.replacement_due(&tunnel.link);
+        if !self.core.registry.up(&tunnel) {
+            tunnel.link.close(Close::Replaced);
+            return Ended::Lost;
+        }
+        tracing::info!(
+            %cluster, gateway, address = %self.address, transport = link::label(transport), rtt = ?tunnel.rtt(), "tunnel up"
+        );
+        if lane == Lane::TcpWithoutQuic && self.core.registry.set_downgraded(&self.key, true) {
+            tracing::warn!(%cluster, gateway, "QUIC does not get through to this gateway: TCP stands in for it");
+            self.core.metrics.downgrade(cluster);
+        }
+        self.core.links_changed(cluster);
+        let over = CancellationToken::new();
+        self.core.tasks.spawn("tunnel.carry", self.clone().serve(tunnel.clone(), control, over.clone()));
+        let replaced = tokio::select! {
+            () = over.cancelled() => Ended::Lost,
+            () = replace => Ended::Replace,
+            () = self.with_quic(), if lane == Lane::TcpWithoutQuic => Ended::Replace,
+        };
+        tunnel.retire();
+        if lane == Lane::TcpWithoutQuic && self.core.registry.set_downgraded(&self.key, false) {
+            tracing::info!(%cluster, gateway, quic = replaced == Ended::Replace, "TCP does not stand in for QUIC any more");
+        }
+        self.core.links_changed(cluster);
+        replaced
+    }
+
+    async fn serve(self, tunnel: Arc<Tunnel>, control: Control, over: CancellationToken) {
+        let core = &self.core;
+        tokio::select! {
+            () = control.run(core, &tunnel) => {}
+            () = accept::streams(core, &tunnel) => {}
+            () = core.expiry(&tunnel.link) => tunnel.link.close(Close::Replaced),
+            () = tunnel.spent() => tunnel.link.close(Close::Replaced),
+            // Whoever cancelled has closed the link with its reason.
+            () = self.steer.cancel.cancelled() => {}
+        }
+        core.registry.down(&tunnel);
+        core.links_changed(&self.key.0);
+        tunnel.link.close(Close::Drained);
+        let why = tunnel.link.why_closed().unwrap_or_default();
+        tracing::info!(cluster = %self.key.0, gateway = self.key.1, why, "tunnel down");
+        over.cancel();
+    }
+
+    /// Resolves when a link with a newer certificate should take this one's place.
+    fn replacement_due(&self, link: &Link) -> impl Future<Output = ()> + use<> {
+        let shown = self.core.identity.source.current();
+        let source = self.core.identity.source.clone();
+        let left = expires(link).map_or(0, |at| at.0).saturating_sub(isthmus_runtime::now());
+        let left = Duration::from_millis(left);
+        let until = Instant::now() + left.saturating_sub(EARLY.min(left / 4));
+        async move {
+            while Arc::ptr_eq(&shown, &source.current()) && Instant::now() < until {
+                time::sleep(WATCH).await;
+            }
+        }
+    }
+
+    /// Resolves when no QUIC lane has worked for `long`.
+    async fn without_quic(&self, long: Duration) {
+        let mut since = Instant::now();
+        while since.elapsed() < long {
+            time::sleep(WATCH.min(long / 2)).await;
+            if self.core.registry.has_quic(&self.key) {
+                since = Instant::now();
+            }
+        }
+    }
+
+    /// Resolves when a QUIC lane works.
+    async fn with_quic(&self) {
+        while !self.core.registry.has_quic(&self.key) {
+            time::sleep(WATCH).await;
+        }
+    }
+}
+
+/// How a lane's link ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ended {
+    /// It is gone: after a pause, another one.
+    Lost,
+    /// It still carries what it carries: another one at once.
+    Replace,
+}
+
+/// The peer has dialled us, and our own attempt should have come through by now. Not at once: two gateways that dial
+/// each other must not keep each other from finishing.
+async fn sign_of_life(wake: &mut watch::Receiver<u64>) {
+    time::sleep(PATIENCE).await;
+    if wake.changed().await.is_err() {
+        std::future::pending().await
+    }
+}

@@ -1,0 +1,285 @@
+//! One authenticated link to a gateway of another cluster, whatever carries it: a QUIC connection ([`quic`]), or TLS
+//! over TCP ([`tcp`]). Both give the same: a control stream, streams that either side opens, an end with a reason.
+//!
+//! What holds for streams of both: bytes in order or a reset; a finish arrives as an end and only as that; a reset, a
+//! lost link and a cut arrive as [`Broken`]. The peer's certificate was verified when the link was made; what its cluster
+//! may do is judged by whoever uses the link.
+
+pub(crate) mod quic;
+pub(crate) mod tcp;
+
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use isthmus_model::local::Transport;
+use quinn::VarInt;
+use rustls::pki_types::CertificateDer;
+
+use super::Close;
+
+/// QUIC error code of a carried connection that ended abruptly.
+pub(crate) const RESET: VarInt = VarInt::from_u32(1);
+/// Chunks gathered at a time.
+const BATCH: usize = 32;
+
+/// As logs and metrics say it.
+pub(crate) fn label(transport: Transport) -> &'static str {
+    match transport {
+        Transport::Quic => "quic",
+        Transport::Tcp => "tcp",
+    }
+}
+
+/// The stream or its link ended abruptly; which and why no longer matters to its other side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the stream broke")]
+pub(crate) struct Broken;
+
+/// A link. Clones are the same link.
+#[derive(Clone, Debug)]
+pub(crate) enum Link {
+    /// A QUIC connection.
+    Quic(quinn::Connection),
+    /// A group of TCP connections.
+    Tcp(Arc<tcp::TcpLink>),
+}
+
+/// A link that was just made, with its control stream.
+#[derive(Debug)]
+pub(crate) struct Fresh {
+    pub(crate) link: Link,
+    pub(crate) send: SendHalf,
+    pub(crate) recv: RecvHalf,
+}
+
+/// What is known of the way that a link takes. Zero where the transport does not tell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Path {
+    /// The transport's own round-trip time.
+    pub(crate) rtt: Duration,
+    /// Packets sent and, of these, lost; since the beginning.
+    pub(crate) sent: u64,
+    pub(crate) lost: u64,
+    /// Congestion window, in bytes.
+    pub(crate) window: u64,
+}
+
+impl Link {
+    /// A new stream to the peer. The caller sets the deadline.
+    pub(crate) async fn open(&self) -> Result<(SendHalf, RecvHalf), Broken> {
+        match self {
+            Self::Quic(connection) => {
+                let (send, recv) = connection.open_bi().await.map_err(|_| Broken)?;
+                Ok((SendHalf::Quic(send), RecvHalf::Quic(recv)))
+            }
+            Self::Tcp(link) => link.open().await,
+        }
+    }
+
+    /// The next stream that the peer opens; `None` when the link has ended. Cancel-safe.
+    pub(crate) async fn accept(&self) -> Option<(SendHalf, RecvHalf)> {
+        match self {
+            Self::Quic(connection) => {
+                let (send, recv) = connection.accept_bi().await.ok()?;
+                Some((SendHalf::Quic(send), RecvHalf::Quic(recv)))
+            }
+            Self::Tcp(link) => link.accept().await,
+        }
+    }
+
+    /// Ends it and all its streams; the peer is told why. The first reason stands.
+    pub(crate) fn close(&self, why: Close) {
+        match self {
+            Self::Quic(connection) => connection.close(why.code(), why.label().as_bytes()),
+            Self::Tcp(link) => link.close(why),
+        }
+    }
+
+    /// The peer has said that it ends the link.
+    pub(crate) fn closed_by_peer(&self, reason: String) {
+        match self {
+            Self::Quic(connection) => connection.close(Close::Drained.code(), reason.as_bytes()),
+            Self::Tcp(link) => link.ended(reason),
+        }
+    }
+
+    /// How many connections this end would like to be offered for its own streams, if it `needs` them and cannot dial.
+    pub(crate) fn wishes(&self, needs: bool) -> u32 {
+        match self {
+            Self::Quic(_) => 0,
+            Self::Tcp(link) => link.wishes(needs),
+        }
+    }
+
+    /// Resolves when it has ended, by whom ever.
+    pub(crate) async fn closed(&self) {
+        match self {
+            Self::Quic(connection) => drop(connection.closed().await),
+            Self::Tcp(link) => link.closed().await,
+        }
+    }
+
+    /// Whether it has ended, and why, for people.
+    pub(crate) fn why_closed(&self) -> Option<String> {
+        match self {
+            Self::Quic(connection) => connection.close_reason().map(|reason| reason.to_string()),
+            Self::Tcp(link) => link.why_closed(),
+        }
+    }
+
+    /// Where the peer is now; QUIC follows it when it moves.
+    pub(crate) fn remote_address(&self) -> SocketAddr {
+        match self {
+            Self::Quic(connection) => connection.remote_address(),
+            Self::Tcp(link) => link.remote_address(),
+        }
+    }
+
+    /// The peer's certificate, as the handshake verified it.
+    pub(crate) fn leaf(&self) -> Option<CertificateDer<'static>> {
+        match self {
+            Self::Quic(connection) => quic::leaf(connection),
+            Self::Tcp(link) => Some(link.leaf().clone()),
+        }
+    }
+
+    /// What the transport knows of its path.
+    pub(crate) fn path(&self) -> Path {
+        match self {
+            Self::Quic(connection) => quic::path(connection),
+            Self::Tcp(_) => Path::default(),
+        }
+    }
+
+    /// What carries it.
+    pub(crate) fn transport(&self) -> Transport {
+        match self {
+            Self::Quic(_) => Transport::Quic,
+            Self::Tcp(_) => Transport::Tcp,
+        }
+    }
+}
+
+/// The direction of a stream that is written.
+#[derive(Debug)]
+pub(crate) enum SendHalf {
+    Quic(quinn::SendStream),
+    Tcp(tcp::Sender),
+}
+
+impl SendHalf {
+    /// All of `bytes`, copied.
+    pub(crate) async fn write_all(&mut self, bytes: &[u8]) -> Result<(), Broken> {
+        match self {
+            Self::Quic(send) => send.write_all(bytes).await.map_err(|_| Broken),
+            Self::Tcp(send) => send.write_all(bytes).await,
+        }
+    }
+
+    /// All of `chunk`.
+    pub(crate) async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), Broken> {
+        match self {
+            Self::Quic(send) => send.write_chunk(chunk).await.map_err(|_| Broken),
+            Self::Tcp(send) => send.write_all(&chunk).await,
+        }
+    }
+
+    /// Nothing more will be written. Over TCP this waits until the end is handed to the system.
+    pub(crate) async fn finish(&mut self) -> Result<(), Broken> {
+        match self {
+            Self::Quic(send) => send.finish().map_err(|_| Broken),
+            Self::Tcp(send) => send.finish().await,
+        }
+    }
+
+    /// The last words on a TCP link's control stream, after the link was closed: best effort.
+    pub(crate) async fn say_last(&mut self, bytes: &[u8]) {
+        if let Self::Tcp(send) = self {
+            send.say_last(bytes).await;
+        }
+    }
+
+    /// What a control stream says goes before what is carried.
+    pub(crate) fn prioritize(&self) {
+        if let Self::Quic(send) = self {
+            // Fails only on a closed stream, which the next write tells.
+            drop(send.set_priority(1));
+        }
+    }
+
+    /// Resolves when the peer does not read any more, or has acknowledged a finished stream's end (QUIC), or when the
+    /// link has ended (TCP).
+    pub(crate) fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (quic, tcp) = match self {
+            Self::Quic(send) => (Some(send.stopped()), None),
+            Self::Tcp(send) => (None, Some(send.link_closed())),
+        };
+        async move {
+            match (quic, tcp) {
+                (Some(stopped), _) => drop(stopped.await),
+                (None, Some(closed)) => closed.await,
+                (None, None) => {}
+            }
+        }
+    }
+}
+
+/// The direction of a stream that is read.
+#[derive(Debug)]
+pub(crate) enum RecvHalf {
+    Quic(quinn::RecvStream),
+    Tcp(tcp::Receiver),
+}
+
+impl RecvHalf {
+    /// The next bytes; `None` at the end. Cancel-safe.
+    pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, Broken> {
+        match self {
+            Self::Quic(recv) => {
+                let chunk = recv.read_chunk(64 * 1024, true).await.map_err(|_| Broken)?;
+                Ok(chunk.map(|c| c.bytes))
+            }
+            Self::Tcp(recv) => recv.chunk().await,
+        }
+    }
+
+    /// What else has arrived already, in order. Never waits; the next [`RecvHalf::chunk`] tells of an end.
+    pub(crate) fn more(&mut self) -> Vec<Bytes> {
+        let Self::Quic(recv) = self else { return Vec::new() };
+        let mut chunks = [const { Bytes::new() }; BATCH];
+        match recv.read_chunks(&mut chunks).now_or_never() {
+            Some(Ok(Some(n))) => chunks.into_iter().take(n).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// Ends a stream abruptly, both ways.
+pub(crate) fn reset(send: &mut SendHalf, recv: &mut RecvHalf) {
+    match (send, recv) {
+        (SendHalf::Quic(send), RecvHalf::Quic(recv)) => {
+            // Fail only on streams that have ended already.
+            drop(send.reset(RESET));
+            drop(recv.stop(RESET));
+        }
+        (SendHalf::Tcp(send), _) => send.abort(),
+        // Halves of one stream are of one kind.
+        (SendHalf::Quic(send), RecvHalf::Tcp(recv)) => {
+            drop(send.reset(RESET));
+            recv.abort();
+        }
+    }
+}
+
+/// The peer need not send any more; what was written to it still arrives. The caller sets the deadline.
+pub(crate) async fn stop(recv: &mut RecvHalf) -> Result<(), Broken> {
+    match recv {
+        RecvHalf::Quic(recv) => recv.stop(RESET).map_err(|_| Broken),
+        // Closing a TCP connection with unread bytes would be a reset, which may overtake what was written.
+        RecvHalf::Tcp(recv) => {
+            while recv.chunk().await?.is_some() {}
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! The accepting side of the TCP transport: connections of peers, each sorted by its first frame.
+//!
+//! A control connection makes a link; the others join theirs. Handshakes and connections are bounded, in all and per
+//! source; whatever does not get through is closed and counted, and disturbs nobody else.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use isthmus_api::proto::tunnel::v1::{TcpPreface, TcpPurpose};
+use isthmus_identity::tls::{self, ClientAuth};
+use isthmus_model::ids::ClusterName;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time,
+};
+use tokio_rustls::{TlsAcceptor, TlsStream};
+
+use super::{
+    ALPN, LinkNumber, MAX_PREFACE, TcpLink, prepare,
+    stream::{self, Connection},
+};
+use crate::{
+    core::Core,
+    ingress::sources::Sources,
+    splice,
+    tunnel::{
+        VERSION, accept,
+        link::{Link, RecvHalf, SendHalf, quic},
+    },
+};
+
+/// After a failed accept, such as for want of file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Accepts until the gateway stops.
+pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
+    let sources = Arc::new(Sources::new(core.config.tunnel.tcp.max_pending_handshakes_per_source));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = core.closing.cancelled() => return,
+        };
+        let (tcp, remote) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "accept failed");
+                core.metrics.reject("accept_failed");
+                time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let places = (core.tcp_handshakes.clone().try_acquire_owned(), sources.try_acquire(remote.ip()));
+        let (Ok(pending), Some(share)) = places else {
+            core.metrics.reject("peer_overload");
+            splice::abort(&tcp);
+            continue;
+        };
+        let served = core.clone();
+        core.tasks.spawn("tunnel.tcp_accept", async move {
+            let deadline = served.config.tunnel.handshake_timeout;
+            let sorted = time::timeout(deadline, Newcomer::greet(&served, tcp, remote)).await;
+            drop((pending, share));
+            match sorted {
+                Ok(Ok(newcomer)) => newcomer.join(&served).await,
+                Ok(Err(error)) => {
+                    tracing::debug!(peer = %remote, %error, "peer's TCP handshake failed");
+                    served.metrics.reject("peer_handshake");
+                }
+                Err(_) => served.metrics.reject("peer_handshake_timeout"),
+            }
+        });
+    }
+}
+
+/// A connection whose first frame was read.
+struct Newcomer {
+    tls: TlsStream<TcpStream>,
+    remote: SocketAddr,
+    cluster: ClusterName,
+    number: LinkNumber,
+    purpose: TcpPurpose,
+}
+
+impl Newcomer {
+    async fn greet(core: &Core, tcp: TcpStream, remote: SocketAddr) -> io::Result<Self> {
+        prepare(&tcp, core);
+        let identity = &core.identity;
+        let auth = ClientAuth::Required(quic::any_gateway(&identity.federation));
+        let config = tls::server_config(&identity.source, &identity.trust, auth, &[ALPN]).map_err(io::Error::other)?;
+        let mut tls = TlsStream::Server(TlsAcceptor::from(Arc::new(config)).accept(tcp).await?);
+        let refused = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
+        let id = tls::peer_id(tls.get_ref().1.peer_certificates());
+        let cluster = id.and_then(|id| quic::gateway_cluster(&id, &identity.federation));
+        let cluster = cluster.ok_or_else(|| refused("not a gateway of this federation"))?;
+        let preface = read_preface(&mut tls).await?;
+        let number = preface.link.as_slice().try_into().map_err(|_| refused("a link's number has 16 bytes"))?;
+        if preface.version != VERSION {
+            return Err(refused("this gateway speaks version 1"));
+        }
+        Ok(Self { tls, remote, cluster, number, purpose: preface.purpose() })
+    }
+
+    async fn join(self, core: &Arc<Core>) {
+        let Self { tls, remote, cluster, number, purpose } = self;
+        if purpose == TcpPurpose::Control {
+            return control(core, (tls, remote), cluster, number).await;
+        }
+        // What it may do is asked at each use: its link is closed when its cluster may do nothing more.
+        let Some(link) = core.tcp_links.find(&number, &cluster) else { return core.metrics.reject("tcp_no_link") };
+        let Ok(slot) = link.slots.clone().try_acquire_owned() else { return core.metrics.reject("tcp_link_full") };
+        let connection = Connection::new(tls, link.closed.clone(), slot);
+        match purpose {
+            TcpPurpose::Stream => link.await_first(connection).await,
+            TcpPurpose::Offer => link.put(connection),
+            TcpPurpose::Control | TcpPurpose::Unspecified => core.metrics.reject("peer_protocol"),
+        }
+    }
+}
+
+async fn control(
+    core: &Arc<Core>,
+    (tls, remote): (TlsStream<TcpStream>, SocketAddr),
+    cluster: ClusterName,
+    number: LinkNumber,
+) {
+    let Some(leaf) = stream::leaf(&tls) else { return };
+    if core.draining.is_cancelled() {
+        return core.metrics.reject("draining");
+    }
+    let link = Arc::new(TcpLink::new(number, cluster.clone(), (remote, leaf), &core.config.tunnel.tcp, None));
+    let (Ok(slot), true) = (link.slots.clone().try_acquire_owned(), core.tcp_links.add(&link)) else {
+        return core.metrics.reject("peer_protocol");
+    };
+    let Ok(place) = core.peer_slots.clone().try_acquire_owned() else { return core.metrics.reject("peer_overload") };
+    let (send, recv) = Connection::new(tls, link.closed.clone(), slot).halves();
+    let control = (SendHalf::Tcp(send), RecvHalf::Tcp(recv));
+    accept::member(core, Link::Tcp(link), Some(control), cluster).await;
+    drop(place);
+}
+
+/// Byte by byte what a frame needs and no more: what follows belongs to somebody else.
+async fn read_preface(tls: &mut TlsStream<TcpStream>) -> io::Result<TcpPreface> {
+    use tokio::io::AsyncReadExt;
+    let length = usize::from(tls.read_u16().await?);
+    let invalid = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
+    if length > MAX_PREFACE {
+        return Err(invalid("the first frame is too long"));
+    }
+    let mut bytes = vec![0; length];
+    tls.read_exact(&mut bytes).await?;
+    prost::Message::decode(bytes.as_slice()).map_err(|_| invalid("the first frame is no preface"))
+}

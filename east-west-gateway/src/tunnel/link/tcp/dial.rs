@@ -1,0 +1,182 @@
+//! The dialling side of a TCP link: its control connection, and the connections it keeps warm or on offer.
+//!
+//! One task per link refills what is used, replaces what grows old, and dials at most a few at a time. It ends with the
+//! link.
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use isthmus_api::proto::tunnel::v1::{TcpPreface, TcpPurpose};
+use isthmus_identity::tls;
+use isthmus_model::ids::ClusterName;
+use isthmus_runtime::backoff::Backoff;
+use rustls::pki_types::ServerName;
+use tokio::{net::TcpStream, time};
+use tokio_rustls::{TlsConnector, TlsStream};
+
+use super::{
+    ALPN, LinkNumber, TcpLink, prepare,
+    stream::{self, Connection},
+};
+use crate::{
+    core::Core,
+    frame,
+    tunnel::{
+        VERSION,
+        link::{Fresh, Link, RecvHalf, SendHalf, quic},
+    },
+};
+
+/// Handshakes of one link under way at one time.
+const DIALS: usize = 8;
+const BACKOFF_BASE: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// How often age is looked at, and the memory of misses halved.
+const TICK: Duration = Duration::from_secs(5);
+
+/// Why no connection came about.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TcpError {
+    /// The TLS configuration is not usable.
+    #[error("make the TLS configuration")]
+    Tls(#[from] isthmus_identity::tls::TlsError),
+    /// The connection, or its handshake, failed.
+    #[error("connect over TCP")]
+    Connect(#[from] std::io::Error),
+    /// The first frame could not be sent.
+    #[error("send the first frame")]
+    Preface,
+    /// The link has as many connections as it may.
+    #[error("the link has as many connections as it may")]
+    Full,
+    /// No answer in time.
+    #[error("no answer in time")]
+    Timeout,
+}
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Control,
+    Stream,
+    Offer,
+}
+
+/// How to reach the peer again.
+#[derive(Debug)]
+pub(super) struct Way {
+    core: Arc<Core>,
+    address: SocketAddr,
+    cluster: ClusterName,
+}
+
+/// Dials `address`, where a gateway of `cluster` is expected. The caller sets the deadline.
+pub(crate) async fn dial(core: &Arc<Core>, cluster: &ClusterName, address: SocketAddr) -> Result<Fresh, TcpError> {
+    let way = Way { core: core.clone(), address, cluster: cluster.clone() };
+    let tls = way.handshake().await?;
+    let leaf = stream::leaf(&tls).ok_or(TcpError::Preface)?;
+    let number: LinkNumber = rand::random();
+    let link = TcpLink::new(number, cluster.clone(), (address, leaf), &core.config.tunnel.tcp, Some(way));
+    let link = Arc::new(link);
+    let control = admit(&link, tls, Purpose::Control).await?;
+    core.tasks.spawn("tunnel.tcp_pool", keep(link.clone()));
+    let (send, recv) = control.halves();
+    Ok(Fresh { link: Link::Tcp(link), send: SendHalf::Tcp(send), recv: RecvHalf::Tcp(recv) })
+}
+
+impl Way {
+    /// One more connection for `link`.
+    pub(super) async fn connect(&self, link: &TcpLink, purpose: Purpose) -> Result<Connection, TcpError> {
+        let attempt = async { admit(link, self.handshake().await?, purpose).await };
+        let deadline = self.core.config.tunnel.handshake_timeout;
+        time::timeout(deadline, attempt).await.unwrap_or(Err(TcpError::Timeout))
+    }
+
+    async fn handshake(&self) -> Result<TlsStream<TcpStream>, TcpError> {
+        let identity = &self.core.identity;
+        let policy = quic::gateway_of(&identity.federation, &self.cluster);
+        let config = tls::client_config(Some(&identity.source), &identity.trust, policy, &[ALPN])?;
+        let tcp = TcpStream::connect(self.address).await?;
+        prepare(&tcp, &self.core);
+        // Nobody looks at the name: the SPIFFE ID counts.
+        let name = ServerName::IpAddress(self.address.ip().into());
+        Ok(TlsStream::Client(TlsConnector::from(Arc::new(config)).connect(name, tcp).await?))
+    }
+}
+
+async fn admit(link: &TcpLink, tls: TlsStream<TcpStream>, purpose: Purpose) -> Result<Connection, TcpError> {
+    let slot = link.slots.clone().try_acquire_owned().map_err(|_| TcpError::Full)?;
+    let purpose = match purpose {
+        Purpose::Control => TcpPurpose::Control,
+        Purpose::Stream => TcpPurpose::Stream,
+        Purpose::Offer => TcpPurpose::Offer,
+    };
+    let preface = TcpPreface { version: VERSION, link: link.number.to_vec(), purpose: purpose.into() };
+    let preface = frame::encode(&preface).map_err(|_| TcpError::Preface)?;
+    let connection = Connection::new(tls, link.closed.clone(), slot);
+    let (mut send, _) = connection.clone().halves();
+    send.write_all(&preface).await.map_err(|_| TcpError::Preface)?;
+    Ok(connection)
+}
+
+/// Keeps the link's connections as many and as young as they should be.
+async fn keep(link: Arc<TcpLink>) {
+    let Some(way) = &link.way else { return };
+    let mut backoff = Backoff::new(BACKOFF_BASE, BACKOFF_MAX);
+    let mut ticks = time::interval(TICK);
+    loop {
+        match refill(&link, way).await {
+            Ok(true) => backoff.reset(),
+            Ok(false) => tokio::select! {
+                () = link.taken.notified() => {}
+                _ = ticks.tick() => {
+                    link.misses.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n / 2)).ok();
+                    let limit = link.config.idle_timeout;
+                    link.lock().retain(|ready| ready.since.elapsed() < limit && ready.connection.is_quiet());
+                }
+                () = link.closed.cancelled() => return,
+            },
+            Err(error) => {
+                tracing::debug!(cluster = %way.cluster, address = %way.address, %error, "no further connection");
+                tokio::select! {
+                    () = time::sleep(backoff.next()) => {}
+                    () = link.closed.cancelled() => return,
+                }
+            }
+        }
+    }
+}
+
+/// Dials some of what is missing. Returns whether anything was.
+async fn refill(link: &Arc<TcpLink>, way: &Way) -> Result<bool, TcpError> {
+    let missing = link.warm().saturating_sub(link.lock().len());
+    let unoffered = link.wanted.load(Ordering::Relaxed).saturating_sub(link.offered.load(Ordering::Relaxed));
+    let purposes = std::iter::repeat_n(Purpose::Stream, missing).chain(std::iter::repeat_n(Purpose::Offer, unoffered));
+    let dials: Vec<_> =
+        purposes.take(DIALS).map(|purpose| async move { (purpose, way.connect(link, purpose).await) }).collect();
+    let any = !dials.is_empty();
+    let dialled = tokio::select! {
+        dialled = futures_util::future::join_all(dials) => dialled,
+        () = link.closed.cancelled() => return Ok(false),
+    };
+    let mut failed = None;
+    for (purpose, connection) in dialled {
+        match (purpose, connection) {
+            (Purpose::Stream, Ok(connection)) => link.put(connection),
+            (_, Ok(connection)) => {
+                link.offered.fetch_add(1, Ordering::Relaxed);
+                let link = link.clone();
+                way.core.tasks.spawn("tunnel.tcp_offer", async move {
+                    link.await_first(connection).await;
+                    link.offered.fetch_sub(1, Ordering::Relaxed);
+                    link.taken.notify_one();
+                });
+            }
+            (_, Err(error)) => failed = Some(error),
+        }
+    }
+    failed.map_or(Ok(any), Err)
+}

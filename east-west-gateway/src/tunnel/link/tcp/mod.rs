@@ -1,0 +1,287 @@
+//! The TCP transport: where UDP does not get through, or a link's policy says so (docs/tunnel.md).
+//!
+//! A link is a group of TLS 1.3 connections that the dialler opens, tied together by a number it chose: one carries the
+//! control stream, each other one carries a single stream in its life. Some are kept warm, so that a new stream costs no
+//! handshake. Either side opens streams: the dialler on connections of its own, the acceptor on those that the dialler
+//! *offers* when asked to, since an acceptor may not be able to dial. [`dial`] and [`accept`] make links, [`stream`] is
+//! one connection. What holds: when the control connection ends, so does everything; a connection belongs to the link of
+//! the same number *and* the same cluster, by its certificate.
+
+pub(crate) mod accept;
+mod dial;
+mod stream;
+
+use std::{
+    collections::{HashMap, VecDeque},
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use isthmus_model::ids::ClusterName;
+use rustls::pki_types::CertificateDer;
+use socket2::SockRef;
+use tokio::{
+    net::TcpStream,
+    sync::{Mutex as AsyncMutex, Notify, Semaphore, mpsc},
+    time,
+};
+use tokio_util::sync::CancellationToken;
+
+use self::{dial::Way, stream::Connection};
+pub(crate) use self::{
+    dial::{TcpError, dial},
+    stream::{Receiver, Sender},
+};
+use super::{Broken, RecvHalf, SendHalf};
+use crate::{config::TcpConfig, core::Core, splice, tunnel::Close};
+
+/// The protocol's name (ALPN).
+pub(crate) const ALPN: &[u8] = b"isthmus-tcp/1";
+/// The longest first frame.
+const MAX_PREFACE: usize = 64;
+/// Streams that the peer opened and nobody has taken yet.
+const BACKLOG: usize = 128;
+
+/// What ties a link's connections together.
+pub(super) type LinkNumber = [u8; 16];
+
+/// A link over TCP.
+#[derive(Debug)]
+pub(crate) struct TcpLink {
+    number: LinkNumber,
+    cluster: ClusterName,
+    remote: SocketAddr,
+    leaf: CertificateDer<'static>,
+    config: TcpConfig,
+    /// How more connections are made: by the dialler only.
+    way: Option<Way>,
+    /// Connections for streams of our own.
+    ready: Mutex<VecDeque<Ready>>,
+    arrived: Notify,
+    taken: Notify,
+    /// How many were missing when a stream was opened, of late: what is kept warm grows with it.
+    misses: AtomicUsize,
+    /// Connections that the peer would like to be offered.
+    wanted: AtomicUsize,
+    /// Offered, and not used yet.
+    offered: AtomicUsize,
+    to_accept: mpsc::Sender<(SendHalf, RecvHalf)>,
+    incoming: AsyncMutex<mpsc::Receiver<(SendHalf, RecvHalf)>>,
+    slots: Arc<Semaphore>,
+    closed: CancellationToken,
+    why: OnceLock<String>,
+    own_reason: OnceLock<Close>,
+}
+
+#[derive(Debug)]
+struct Ready {
+    connection: Connection,
+    since: Instant,
+}
+
+impl TcpLink {
+    fn new(
+        number: LinkNumber,
+        cluster: ClusterName,
+        (remote, leaf): (SocketAddr, CertificateDer<'static>),
+        config: &TcpConfig,
+        way: Option<Way>,
+    ) -> Self {
+        let (tx, rx) = mpsc::channel(BACKLOG);
+        Self {
+            number,
+            cluster,
+            remote,
+            leaf,
+            config: config.clone(),
+            way,
+            ready: Mutex::default(),
+            arrived: Notify::new(),
+            taken: Notify::new(),
+            misses: AtomicUsize::new(0),
+            wanted: AtomicUsize::new(0),
+            offered: AtomicUsize::new(0),
+            to_accept: tx,
+            incoming: AsyncMutex::new(rx),
+            slots: Arc::new(Semaphore::new(config.max_connections_per_link)),
+            closed: CancellationToken::new(),
+            why: OnceLock::new(),
+            own_reason: OnceLock::new(),
+        }
+    }
+
+    /// A connection for a stream of our own: a warm one, or a new one if we can dial, or the next one offered.
+    pub(super) async fn open(&self) -> Result<(SendHalf, RecvHalf), Broken> {
+        let connection = loop {
+            if self.closed.is_cancelled() {
+                return Err(Broken);
+            }
+            let arrived = self.arrived.notified();
+            if let Some(connection) = self.take() {
+                break connection;
+            }
+            self.misses.fetch_add(1, Ordering::Relaxed);
+            match &self.way {
+                Some(way) => break way.connect(self, dial::Purpose::Stream).await.map_err(|_| Broken)?,
+                None => tokio::select! {
+                    () = arrived => {}
+                    () = self.closed.cancelled() => return Err(Broken),
+                },
+            }
+        };
+        let (send, recv) = connection.halves();
+        Ok((SendHalf::Tcp(send), RecvHalf::Tcp(recv)))
+    }
+
+    /// The next stream that the peer opened. Cancel-safe.
+    pub(super) async fn accept(&self) -> Option<(SendHalf, RecvHalf)> {
+        let mut incoming = self.incoming.lock().await;
+        tokio::select! {
+            stream = incoming.recv() => stream,
+            () = self.closed.cancelled() => None,
+        }
+    }
+
+    pub(super) fn close(&self, why: Close) {
+        if self.why.set(why.label().to_owned()).is_ok() {
+            self.own_reason.get_or_init(|| why);
+        }
+        self.end();
+    }
+
+    /// The peer has closed it, or its control connection is gone.
+    pub(crate) fn ended(&self, why: String) {
+        // The first reason stands.
+        drop(self.why.set(why));
+        self.end();
+    }
+
+    fn end(&self) {
+        self.closed.cancel();
+        self.lock().clear();
+    }
+
+    pub(super) async fn closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    pub(super) fn why_closed(&self) -> Option<String> {
+        self.closed.is_cancelled().then(|| self.why.get().cloned().unwrap_or_default())
+    }
+
+    /// Why *we* have closed it, if we have.
+    pub(crate) fn own_reason(&self) -> Option<Close> {
+        self.own_reason.get().copied()
+    }
+
+    pub(super) fn remote_address(&self) -> SocketAddr {
+        self.remote
+    }
+
+    pub(super) fn leaf(&self) -> &CertificateDer<'static> {
+        &self.leaf
+    }
+
+    /// How many connections an acceptor would like to have on offer for its own streams; 0 while it can dial.
+    pub(crate) fn wishes(&self, needs: bool) -> u32 {
+        let wish = if needs && self.way.is_none() { self.warm() } else { 0 };
+        u32::try_from(wish).unwrap_or(u32::MAX)
+    }
+
+    /// The peer would like so many connections on offer.
+    pub(crate) fn want(&self, connections: u32) {
+        let wanted = usize::try_from(connections).unwrap_or(usize::MAX).min(self.config.max_warm);
+        if self.wanted.swap(wanted, Ordering::Relaxed) != wanted {
+            self.taken.notify_one();
+        }
+    }
+
+    /// How many connections to keep ready.
+    fn warm(&self) -> usize {
+        (self.config.min_warm + self.misses.load(Ordering::Relaxed)).min(self.config.max_warm)
+    }
+
+    fn take(&self) -> Option<Connection> {
+        let mut ready = self.lock();
+        let now = Instant::now();
+        while let Some(first) = ready.pop_front() {
+            if now.duration_since(first.since) < self.config.idle_timeout && first.connection.is_quiet() {
+                drop(ready);
+                self.taken.notify_one();
+                return Some(first.connection);
+            }
+        }
+        None
+    }
+
+    fn put(&self, connection: Connection) {
+        let mut ready = self.lock();
+        // The peer offers what it was asked for; more than fits is the peer's mistake and dropped.
+        if !self.closed.is_cancelled() && ready.len() < self.config.max_warm {
+            ready.push_back(Ready { connection, since: Instant::now() });
+            drop(ready);
+            self.arrived.notify_one();
+        }
+    }
+
+    /// Waits for the first bytes on a connection that the peer may use, and hands it on as a stream of the peer's.
+    async fn await_first(&self, connection: Connection) {
+        let (send, mut recv) = connection.halves();
+        // The peer gives it up before we do, unless it is gone.
+        let limit = self.config.idle_timeout + Duration::from_secs(15);
+        let first = tokio::select! {
+            first = time::timeout(limit, recv.chunk()) => first,
+            () = self.closed.cancelled() => return,
+        };
+        let Ok(Ok(Some(bytes))) = first else { return };
+        recv.push_back(bytes);
+        // A full backlog makes the peer's next streams wait; its deadlines judge that.
+        drop(self.to_accept.send((SendHalf::Tcp(send), RecvHalf::Tcp(recv))).await);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Ready>> {
+        // Every section leaves the queue whole, so a panic in another one does not spoil it.
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for TcpLink {
+    fn drop(&mut self) {
+        self.closed.cancel();
+    }
+}
+
+/// Links that peers have dialled, by number: further connections find theirs here.
+#[derive(Debug, Default)]
+pub(crate) struct Links(Mutex<HashMap<LinkNumber, Weak<TcpLink>>>);
+
+impl Links {
+    fn add(&self, link: &Arc<TcpLink>) -> bool {
+        let mut links = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        links.retain(|_, link| link.strong_count() > 0);
+        let free = !links.contains_key(&link.number);
+        if free {
+            links.insert(link.number, Arc::downgrade(link));
+        }
+        free
+    }
+
+    fn find(&self, number: &LinkNumber, cluster: &ClusterName) -> Option<Arc<TcpLink>> {
+        let links = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let link = links.get(number)?.upgrade()?;
+        (link.cluster == *cluster && !link.closed.is_cancelled()).then_some(link)
+    }
+}
+
+/// What every connection of a link is set to: no coalescing, and an end for peers that vanish without a word.
+fn prepare(tcp: &TcpStream, core: &Core) {
+    splice::prepare(tcp);
+    let unacknowledged = core.config.tunnel.tcp.user_timeout;
+    if let Err(error) = SockRef::from(tcp).set_tcp_user_timeout(Some(unacknowledged)) {
+        tracing::debug!(%error, "TCP_USER_TIMEOUT refused");
+    }
+}

@@ -1,0 +1,193 @@
+//! The rules of one link's control stream. Sans-IO: `(state, event, now) → what to send, what was told, when to ask again`.
+//!
+//! Both ends run the same rules: each probes the other, tells what its own cluster can serve, how full it is, and that it
+//! drains. Frames come whole and in order; what does not belong ends the link with [`Close::Protocol`].
+
+use std::time::{Duration, Instant};
+
+use isthmus_api::proto::tunnel::v1::{ControlFrame, Goaway, Offers, Ping, control_frame::Kind};
+
+use super::{
+    Close,
+    inbox::Heard,
+    liveness::{Action, Liveness},
+    outbox::{Outbox, Table},
+};
+
+pub(crate) use super::liveness::Rhythm;
+
+/// What this end has to say, as of now.
+#[derive(Debug)]
+pub(crate) struct Own<'a> {
+    /// What its cluster can serve.
+    pub(crate) table: &'a Table,
+    /// It takes nothing new.
+    pub(crate) draining: bool,
+    /// Connections that it would like to be offered (TCP).
+    pub(crate) offers: u32,
+}
+
+/// What the peer has said that somebody must act on.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Told {
+    /// A probe came back: the smoothed round-trip time, and how full the peer is.
+    Alive {
+        /// Round trip.
+        rtt: Duration,
+        /// The peer's load.
+        load_permille: u32,
+    },
+    /// It drains.
+    Goaway,
+    /// What its cluster can serve.
+    Availability(Heard),
+    /// It would like so many connections on offer (TCP).
+    Offers(u32),
+    /// It ends the link (TCP).
+    Closing(String),
+}
+
+/// The state of one control stream, after the hellos.
+#[derive(Debug)]
+pub(crate) struct Session {
+    liveness: Liveness,
+    outbox: Outbox,
+    told_draining: bool,
+    told_offers: u32,
+}
+
+/// What a frame leads to.
+#[derive(Debug, Default)]
+pub(crate) struct Response {
+    /// To be sent at once.
+    pub(crate) reply: Option<Kind>,
+    /// To be acted on.
+    pub(crate) told: Option<Told>,
+}
+
+impl Session {
+    /// Begins at `now`, as if the peer had just answered.
+    pub(crate) fn new(rhythm: Rhythm, now: Instant) -> Self {
+        Self { liveness: Liveness::new(rhythm, now), outbox: Outbox::default(), told_draining: false, told_offers: 0 }
+    }
+
+    /// What is to be sent at `now`, and when to ask again at the latest. Fails when the peer is dead.
+    pub(crate) fn poll(&mut self, own: &Own<'_>, now: Instant) -> Result<(Vec<Kind>, Instant), Close> {
+        let mut out = Vec::new();
+        let mut wake = loop {
+            match self.liveness.poll(now) {
+                Action::Ping(sequence) => out.push(Kind::Ping(Ping { sequence, load_permille: 0 })),
+                Action::Wait(until) => break until,
+                Action::Dead => return Err(Close::Dead),
+            }
+        };
+        if own.draining && !self.told_draining {
+            self.told_draining = true;
+            out.push(Kind::Goaway(Goaway {}));
+        }
+        if own.offers != self.told_offers {
+            self.told_offers = own.offers;
+            out.push(Kind::Offers(Offers { connections: own.offers }));
+        }
+        let (updates, later) = self.outbox.poll(own.table, now);
+        out.extend(updates.into_iter().map(Kind::Availability));
+        if let Some(later) = later {
+            wake = wake.min(later);
+        }
+        Ok((out, wake))
+    }
+
+    /// The peer's answers are overdue.
+    pub(crate) fn is_suspect(&self, now: Instant) -> bool {
+        self.liveness.is_suspect(now)
+    }
+
+    /// A frame came at `now`.
+    pub(crate) fn heard(&mut self, frame: ControlFrame, load_permille: u32, now: Instant) -> Result<Response, Close> {
+        let reply = |kind| Ok(Response { reply: Some(kind), told: None });
+        let told = |told| Ok(Response { reply: None, told: Some(told) });
+        match frame.kind {
+            Some(Kind::Ping(ping)) => reply(Kind::Pong(Ping { sequence: ping.sequence, load_permille })),
+            Some(Kind::Pong(pong)) => match self.liveness.pong(pong.sequence, now) {
+                Some(rtt) => told(Told::Alive { rtt, load_permille: pong.load_permille }),
+                None => Ok(Response::default()),
+            },
+            Some(Kind::Goaway(_)) => told(Told::Goaway),
+            Some(Kind::Availability(update)) => {
+                told(Told::Availability(Heard::try_from(update).map_err(|_| Close::Protocol)?))
+            }
+            Some(Kind::Offers(offers)) => told(Told::Offers(offers.connections)),
+            Some(Kind::Closing(closing)) => told(Told::Closing(closing.reason.chars().take(200).collect())),
+            // A newer peer's frame of a kind we do not know.
+            None => Ok(Response::default()),
+            Some(Kind::Hello(_)) => Err(Close::Protocol),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+    const RHYTHM: Rhythm = Rhythm { interval: Duration::from_millis(100), dead_after: Duration::from_millis(400) };
+
+    fn own(table: &Table) -> Own<'_> {
+        Own { table, draining: false, offers: 0 }
+    }
+
+    #[test]
+    fn it_begins_with_a_probe_and_a_snapshot() {
+        let now = Instant::now();
+        let (out, wake) = Session::new(RHYTHM, now).poll(&own(&Table::new()), now).unwrap();
+        assert!(matches!(out.as_slice(), [Kind::Ping(_), Kind::Availability(first)] if first.snapshot), "{out:?}");
+        assert_eq!(wake, now + RHYTHM.interval);
+    }
+
+    #[test]
+    fn that_it_drains_is_said_once() {
+        let now = Instant::now();
+        let mut session = Session::new(RHYTHM, now);
+        let table = Table::new();
+        let mut said = 0;
+        for i in 0..3 {
+            let (out, _) = session.poll(&Own { draining: true, ..own(&table) }, now + MS * i).unwrap();
+            said += out.iter().filter(|kind| matches!(kind, Kind::Goaway(_))).count();
+        }
+        assert_eq!(said, 1);
+    }
+
+    #[test]
+    fn a_pong_tells_the_load() {
+        let now = Instant::now();
+        let mut session = Session::new(RHYTHM, now);
+        session.poll(&own(&Table::new()), now).unwrap();
+        let pong = Some(Kind::Pong(Ping { sequence: 1, load_permille: 700 }));
+        let response = session.heard(ControlFrame { kind: pong }, 0, now + MS * 5).unwrap();
+        assert_eq!(response.told, Some(Told::Alive { rtt: MS * 5, load_permille: 700 }));
+    }
+
+    #[test]
+    fn silence_is_death() {
+        let now = Instant::now();
+        let mut session = Session::new(RHYTHM, now);
+        let table = Table::new();
+        let died = (0..1_000).find(|i| session.poll(&own(&table), now + MS * *i).is_err());
+        assert!((400..=500).contains(&died.unwrap()), "{died:?}");
+    }
+
+    #[test]
+    fn a_second_hello_and_a_false_name_end_the_link() {
+        use isthmus_api::proto::{
+            common::v1::ServiceName,
+            tunnel::v1::{AvailabilityUpdate, ControlHello},
+        };
+        let now = Instant::now();
+        let mut session = Session::new(RHYTHM, now);
+        let hello = Some(Kind::Hello(ControlHello::default()));
+        assert_eq!(session.heard(ControlFrame { kind: hello }, 0, now).unwrap_err(), Close::Protocol);
+        let removed = vec![ServiceName { namespace: "No Such".into(), name: "x".into() }];
+        let update = Some(Kind::Availability(AvailabilityUpdate { removed, ..Default::default() }));
+        assert_eq!(session.heard(ControlFrame { kind: update }, 0, now).unwrap_err(), Close::Protocol);
+    }
+}
