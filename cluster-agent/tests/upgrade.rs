@@ -104,6 +104,33 @@ async fn a_gateways_successor_takes_over_without_any_word_to_envoy_and_its_own_d
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_draining_gateway_leaves_envoys_endpoints_while_it_still_runs_and_the_other_stays() {
+    let (control, home, agent) = joined().await;
+    control.state.send_replace(Some(with_west(&control, 2, &["catalog"])));
+    let (mut client, _) = enrol(&home.mint(gateway()).await).await.unwrap();
+    let first = Gateway::connect_number(&mut client, 1, "1-1").await;
+    let second = Gateway::connect_number(&mut client, 2, "1-1").await;
+    let (channel, _) = enrol_channel(&home.mint(cart()).await).await.unwrap();
+    let _sidecar = sidecar_of(&mut LocalClient::new(channel.clone()), &["shop/catalog"]).await;
+    eventually("all is known", async || {
+        let view = agent.get("/debug/view").await;
+        ["cart-1", "gateway-1", "gateway-2", "shop/catalog"].iter().all(|name| view.contains(name))
+    })
+    .await;
+    let mut envoy = Envoy::connect(channel).await;
+    let catalog = "outbound|80|shop/catalog";
+    assert_eq!(envoy.endpoints().await, [to(catalog, &["127.1.1.11:15502", "127.1.1.12:15502"])]);
+    first.say(gateway_message::Kind::Draining(Draining {})).await;
+    assert_eq!(envoy.endpoints().await, [to(catalog, &["127.1.1.12:15502"])]);
+    // Its end, once it has finished what it carries, changes nothing more; its return does.
+    first.leave().await;
+    let _first = Gateway::connect_number(&mut client, 1, "2-2").await;
+    assert_eq!(envoy.endpoints().await, [to(catalog, &["127.1.1.11:15502", "127.1.1.12:15502"])]);
+    drop(second);
+    agent.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_successor_that_fails_gives_the_name_back_to_its_predecessor() {
     let (control, home, agent) = joined().await;
     let (mut client, _) = enrol(&home.mint(gateway()).await).await.unwrap();

@@ -33,6 +33,9 @@ pub struct Config {
     /// The address that peers dial (UDP, and TCP where a link uses that), if it is not `listen.tunnel`.
     #[serde(default)]
     pub advertise: Option<SocketAddr>,
+    /// Peers cannot dial this gateway (NAT, a firewall): it dials them, and both directions use those links.
+    #[serde(default)]
+    pub dial_only: bool,
     /// Tunnels to other clusters' gateways.
     #[serde(default)]
     pub tunnel: TunnelConfig,
@@ -319,9 +322,9 @@ pub struct AccessLogConfig {
 }
 
 impl Config {
-    /// The UDP address that peers dial, given the one that was bound.
-    pub(crate) fn advertised(&self, bound: SocketAddr) -> SocketAddr {
-        self.advertise.unwrap_or(bound)
+    /// The address that peers dial, given the one that was bound; `None`: they cannot.
+    pub(crate) fn advertised(&self, bound: SocketAddr) -> Option<SocketAddr> {
+        (!self.dial_only).then(|| self.advertise.unwrap_or(bound))
     }
 }
 
@@ -341,9 +344,15 @@ impl Validate for Config {
             format!("must not lie above listen.pinnedPortBase ({base}): those ports belong to clusters"),
         );
         for (field, ip) in [("listen.local", self.listen.local), ("listen.tunnel", self.listen.tunnel.ip())] {
-            let known = !ip.is_unspecified() || (field == "listen.tunnel" && self.advertise.is_some());
+            let told = self.advertise.is_some() || self.dial_only;
+            let known = !ip.is_unspecified() || (field == "listen.tunnel" && told);
             check(known, field, "sidecars and peers must be told an address: name one of this machine's".to_owned());
         }
+        check(
+            !(self.dial_only && self.advertise.is_some()),
+            "advertise",
+            "dialOnly says that peers cannot dial: leave one of the two out".to_owned(),
+        );
         let t = &self.tunnel;
         check((1_200..=6_400).contains(&t.mtu), "tunnel.mtu", "use 1200 to 6400".to_owned());
         check(!t.ping_interval.is_zero(), "tunnel.pingInterval", "must not be zero".to_owned());

@@ -246,7 +246,7 @@ impl Starting {
         if let Some(agent) = agent {
             let hello = GatewayHello {
                 name: core.config.name.clone(),
-                tunnel_address: core.config.advertised(self.tunnel_addr).to_string(),
+                tunnel_address: core.config.advertised(self.tunnel_addr).map(|a| a.to_string()).unwrap_or_default(),
                 local_ip: core.config.listen.local.to_string(),
                 auto_port: self.auto_addr.port().into(),
                 pinned_port_base: core.config.listen.pinned_port_base.into(),

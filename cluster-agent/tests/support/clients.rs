@@ -72,12 +72,17 @@ impl Gateway {
 
     /// As this process of gateway-1.
     pub(crate) async fn connect_as(client: &mut LocalClient<Channel>, instance: &str) -> Self {
+        Self::connect_number(client, 1, instance).await
+    }
+
+    /// As this process of gateway-`number`.
+    pub(crate) async fn connect_number(client: &mut LocalClient<Channel>, number: u8, instance: &str) -> Self {
         let (up, messages) = mpsc::channel(8);
         let gateway = Self { down: client.gateway_feed(ReceiverStream::new(messages)).await.unwrap().into_inner(), up };
         let hello = GatewayHello {
-            name: "gateway-1".to_owned(),
-            tunnel_address: "127.1.1.11:15443".to_owned(),
-            local_ip: "127.1.1.11".to_owned(),
+            name: format!("gateway-{number}"),
+            tunnel_address: format!("127.1.1.1{number}:15443"),
+            local_ip: format!("127.1.1.1{number}"),
             auto_port: 15440,
             pinned_port_base: 15500,
             instance: instance.to_owned(),

@@ -20,6 +20,8 @@ const TUNNEL: u16 = 15443;
 const AUTO: u16 = 15440;
 const PINNED: u16 = 15500;
 const DNS: u16 = 5353;
+/// Envoy's admin page, at its sidecar's address.
+pub const SIDECAR_ADMIN: u16 = 9902;
 
 /// Shifts all addresses of one federation: 0 is the demo's.
 #[derive(Clone, Copy, Debug, Default)]
@@ -216,7 +218,7 @@ impl ClusterLayout {
         let WorkloadLayout { instance, ip, ports, upstreams, health, .. } = workload;
         let mut text = format!(
             "name: {instance}\nagentTokenFile: {token}\nstateDir: {state}\nenvoy: {envoy}\naddress: \"{ip}\"\n\
-             adminPort: 9902\nlisten: {{ health: \"{health}\" }}\n\
+             adminPort: {SIDECAR_ADMIN}\nlisten: {{ health: \"{health}\" }}\n\
              telemetry: {{ log: {{ level: info, format: json }} }}\ninbound:\n",
             token = dir.join(format!("{instance}.token")).display(),
             state = dir.join(instance).display(),

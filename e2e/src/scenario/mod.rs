@@ -1,9 +1,10 @@
 //! The story that `make demo` plays and checks: everything is lost in turn, and the traffic goes on.
 //!
-//! `stage` sets up the federation and the load, `steps` are the story's eight parts, `ledger` keeps what each part's load
+//! `stage` sets up the federation and the load, `steps` are the story's eight parts (`noticed` is a part of the sixth), `ledger` keeps what each part's load
 //! saw and judges it at the end, `report` is what a person reads.
 
 pub mod ledger;
+pub mod noticed;
 pub mod report;
 pub mod stage;
 pub mod steps;

@@ -66,8 +66,13 @@ impl Report {
         self.rows.push(row);
     }
 
-    /// A row for a check that is not about load.
+    /// A row for a check that is not about load, and held.
     pub fn checked(&mut self, step: &str, what: &str) {
+        self.judged(step, what, true);
+    }
+
+    /// A row for a check that is not about load.
+    pub fn judged(&mut self, step: &str, what: &str, held: bool) {
         let none = || "–".to_owned();
         self.row(Row {
             step: step.to_owned(),
@@ -76,7 +81,7 @@ impl Report {
             failed: none(),
             last_affected: none(),
             served_by: none(),
-            held: true,
+            held,
         });
     }
 

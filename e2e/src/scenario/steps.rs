@@ -12,6 +12,7 @@ use tokio::time::sleep;
 
 use super::{
     ledger::Window,
+    noticed,
     report::Report,
     stage::{CLUSTERS, HOLD_DOWN, Part, Stage},
 };
@@ -32,7 +33,7 @@ const ALERTS: &[&str] =
     &["fatal alert: CertificateUnknown", "fatal alert: CertificateRequired", "fatal alert: UnknownCA"];
 const SERVICES: [&str; 3] = ["shop/cart", "shop/catalog", "shop/orders"];
 
-fn window(step: &'static str, what: &str, from_ms: u64, allowed: &[&'static str]) -> Window {
+pub(super) fn window(step: &'static str, what: &str, from_ms: u64, allowed: &[&'static str]) -> Window {
     let settles_on = allowed.last().copied().unwrap_or_default();
     Window { step, what: what.to_owned(), from_ms, to_ms: u64::MAX, allowed: allowed.to_vec(), settles_on }
 }
@@ -151,7 +152,7 @@ pub async fn gateways_killed(stage: &mut Stage, report: &mut Report) -> anyhow::
     stage.settle(report, window("5b", "both gateways of us-west killed", at, &["us-west", "eu-central"])).await
 }
 
-/// 6. No control plane: nothing changes, restarts serve from disk, failover works both ways.
+/// 6. No control plane: nothing changes, restarts serve from disk, failover works both ways, of endpoints and of gateways.
 pub async fn control_plane_gone(stage: &mut Stage, report: &mut Report) -> anyhow::Result<()> {
     report.step("6", "No control plane");
     report.doing("stopped");
@@ -176,9 +177,10 @@ pub async fn control_plane_gone(stage: &mut Stage, report: &mut Report) -> anyho
     let at = isthmus_runtime::now();
     stage.revive(&west).await?;
     stage.settle(report, window("6c", "us-west back, no control plane", at, &["eu-central", "us-west"])).await?;
-    report.doing("and are killed again");
+    noticed::endpoints(stage, report).await?;
+    report.doing("us-west's gateways are killed again");
     let at = stage.kill(&west).await?;
-    stage.settle(report, window("6d", "us-west lost, no control plane", at, &["us-west", "eu-central"])).await
+    stage.settle(report, window("6g", "us-west lost, no control plane", at, &["us-west", "eu-central"])).await
 }
 
 /// 7. All comes back; traffic returns after the hold-down.

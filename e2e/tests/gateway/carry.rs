@@ -159,7 +159,10 @@ impl Player<'_> {
                     hash.update(&buffer[..n]);
                     self.heard.send_replace((received, false));
                 }
-                Err(error) => return Err(reset(&error)),
+                Err(error) => {
+                    must_be_reset(&error);
+                    return Err(Stop::Reset);
+                }
             }
             if matches!(self.side().reset, Some(Reset::Received(at)) if received >= at) {
                 return Err(Stop::Own);
@@ -225,7 +228,7 @@ impl Player<'_> {
 
     /// The other end takes no more; what it has sent may still be read.
     fn broke(&self, error: &io::Error) -> Result<(), Stop> {
-        drop(reset(error));
+        must_be_reset(error);
         self.broken.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -235,11 +238,10 @@ fn greeting_of(own: Sender, side: &Side) -> u64 {
     if own == Sender::Server { GREETING.min(side.length) } else { 0 }
 }
 
-fn reset(error: &io::Error) -> Stop {
+fn must_be_reset(error: &io::Error) {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected};
     let known = matches!(error.kind(), ConnectionReset | BrokenPipe | ConnectionAborted | NotConnected);
     assert!(known, "an unexpected error of a socket: {error}");
-    Stop::Reset
 }
 
 /// What is wrong with what both ends saw; empty if nothing is. `excused`: a gateway of the server's was killed meanwhile.

@@ -204,7 +204,8 @@ impl Gateway {
     }
 }
 
-/// A debug build on a busy machine gets time for everything: this is not about speed.
+/// A debug build on a busy machine gets time for everything: this is not about speed. And no slow reader is given up,
+/// as happens when there are too many for a link's window.
 fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json::Value {
     let anywhere = "127.0.0.1:0".to_owned();
     let (tunnel, health) = at.map_or((anywhere.clone(), anywhere), |a| (a.tunnel.to_string(), a.health.to_string()));
@@ -217,7 +218,7 @@ fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json
         },
         "tunnel": {
             "transport": transport.word(), "deadAfter": "20s", "idleTimeout": "60s", "handshakeTimeout": "30s",
-            "dialBackoffMax": "500ms", "tcp": { "userTimeout": "30s", "maxPendingHandshakesPerSource": 1024 },
+            "dialBackoffMax": "500ms", "connectionWindowBytes": 256 << 20, "tcp": { "userTimeout": "30s", "maxPendingHandshakesPerSource": 1024 },
         },
         "ingress": {
             "helloTimeout": "30s", "attemptTimeout": "30s", "pinnedTimeout": "30s", "maxPendingHellosPerSource": 4096,

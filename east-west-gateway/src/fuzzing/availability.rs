@@ -15,7 +15,7 @@ use crate::{
     observed::Observed,
     testkit::{cluster, federation, service_name},
     tunnel::{
-        inbox::Heard,
+        inbox::Word,
         outbox::{MIN_INTERVAL, Outbox, Table},
         registry::Evidence,
     },
@@ -41,7 +41,7 @@ fn hostile(mut input: Input<'_>) {
         match kind {
             Some(Kind::Availability(update)) => {
                 let before = table.clone();
-                let accepted = Heard::try_from(update).is_ok_and(|word| word.apply(&mut table, max));
+                let accepted = Word::try_from(update).is_ok_and(|word| word.apply(&mut table, max));
                 assert!(accepted || table == before, "a word that is refused changes nothing");
                 assert!(table.len() <= max, "{} services, {max} allowed", table.len());
             }
@@ -124,7 +124,7 @@ impl Feed {
             self.decoder.push(&frame::encode(&frame).expect("every update fits a frame"));
             let came = self.decoder.next::<ControlFrame>().expect("readable").expect("whole");
             let Some(Kind::Availability(update)) = came.kind else { panic!("another frame: {came:?}") };
-            let word = Heard::try_from(update).expect("what we say is acceptable");
+            let word = Word::try_from(update).expect("what we say is acceptable");
             // Never more than it has itself, or had.
             assert!(word.apply(&mut self.heard, LIMIT), "the receiver's limit is the sender's");
         }

@@ -16,13 +16,27 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::rig::{Gateway, Server, connected, introduce, knock, read, refusing, sni, until};
-use crate::{splice, testkit::cluster};
+use super::rig::{Gateway, Server, connected, introduce, knock, linked, over_both, read, refusing, sni, until};
+use crate::{config::LinkTransport, splice, testkit::cluster};
 
-#[tokio::test]
-async fn bytes_flow_both_ways_and_come_to_their_end() {
+over_both!(
+    bytes_flow_both_ways_and_come_to_their_end,
+    workloads_authenticate_each_other_through_the_gateways,
+    an_end_of_one_direction_leaves_the_other_open,
+    a_reset_of_either_side_is_a_reset_of_the_other,
+    a_pinned_port_leads_to_its_cluster_even_if_another_is_nearer,
+    a_dead_endpoint_in_the_first_cluster_is_replayed_to_the_second_unseen,
+    a_dead_endpoint_of_the_own_cluster_is_replayed_to_another_one_unseen,
+    an_endpoint_that_closes_before_its_first_byte_costs_the_next_one_a_try,
+    a_silent_endpoint_is_replayed_elsewhere_within_its_deadline,
+    a_gateway_killed_mid_handshake_is_replayed_around,
+    a_client_that_leaves_before_the_answer_frees_the_endpoint,
+    a_gateway_with_all_streams_taken_sends_the_next_one_elsewhere_until_one_ends,
+);
+
+async fn bytes_flow_both_ways_and_come_to_their_end(over: LinkTransport) {
     let west = Server::bind().await.echo(b"west");
-    let (gateways, _) = connected(&[("east", &[]), ("west", &[west])]).await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[west])]).await;
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     assert_eq!(read(&mut client, 4).await, b"west");
     let sent: Vec<u8> = (0..3_000_000_u32).map(|i| u8::try_from(i % 251).unwrap()).collect();
@@ -39,8 +53,7 @@ async fn bytes_flow_both_ways_and_come_to_their_end() {
     assert!(received == expected, "{} of {} bytes", received.len(), expected.len());
 }
 
-#[tokio::test]
-async fn workloads_authenticate_each_other_through_the_gateways() {
+async fn workloads_authenticate_each_other_through_the_gateways(over: LinkTransport) {
     isthmus_identity::install_crypto();
     let domain: TrustDomain = "west.example".parse().unwrap();
     let day = Duration::from_secs(86_400);
@@ -58,7 +71,7 @@ async fn workloads_authenticate_each_other_through_the_gateways() {
     let client = tls::client_config(Some(&identity("web")), &trust, only("orders"), &[]).unwrap();
 
     let orders = Server::bind().await;
-    let (gateways, _) = connected(&[("east", &[]), ("west", &[orders.address])]).await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[orders.address])]).await;
     let serving = tokio::spawn(async move {
         let mut tls = TlsAcceptor::from(Arc::new(server)).accept(orders.accept().await).await.unwrap();
         // Server-first, as no inspector in between may need the client's bytes.
@@ -80,10 +93,9 @@ async fn workloads_authenticate_each_other_through_the_gateways() {
     serving.await.unwrap();
 }
 
-#[tokio::test]
-async fn an_end_of_one_direction_leaves_the_other_open() {
+async fn an_end_of_one_direction_leaves_the_other_open(over: LinkTransport) {
     let west = Server::bind().await;
-    let (gateways, _) = connected(&[("east", &[]), ("west", &[west.address])]).await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     let mut served = west.greet(b"hi").await;
     assert_eq!(read(&mut client, 2).await, b"hi");
@@ -101,10 +113,9 @@ async fn an_end_of_one_direction_leaves_the_other_open() {
     assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0, "an orderly end, not a reset");
 }
 
-#[tokio::test]
-async fn a_reset_of_either_side_is_a_reset_of_the_other() {
+async fn a_reset_of_either_side_is_a_reset_of_the_other(over: LinkTransport) {
     let west = Server::bind().await;
-    let (gateways, _) = connected(&[("east", &[]), ("west", &[west.address])]).await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
 
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     let mut served = west.greet(b"hi").await;
@@ -130,19 +141,17 @@ async fn the_own_cluster_comes_first_and_is_reached_without_a_tunnel() {
     assert_eq!(read(&mut client, 4).await, b"here");
 }
 
-#[tokio::test]
-async fn a_pinned_port_leads_to_its_cluster_even_if_another_is_nearer() {
+async fn a_pinned_port_leads_to_its_cluster_even_if_another_is_nearer(over: LinkTransport) {
     let (here, there) = (Server::bind().await.echo(b"here"), Server::bind().await.echo(b"over"));
-    let (gateways, _) = connected(&[("east", &[here]), ("west", &[there])]).await;
+    let (gateways, _) = linked(over, &[("east", &[here]), ("west", &[there])]).await;
     let pinned = gateways[0].inspector.pinned()[&cluster("west")];
     let mut client = knock(pinned, &sni(Some("west"))).await;
     assert_eq!(read(&mut client, 4).await, b"over");
 }
 
-#[tokio::test]
-async fn a_dead_endpoint_in_the_first_cluster_is_replayed_to_the_second_unseen() {
+async fn a_dead_endpoint_in_the_first_cluster_is_replayed_to_the_second_unseen(over: LinkTransport) {
     let west = Server::bind().await.echo(b"west");
-    let (gateways, _) = connected(&[("east", &[]), ("central", &[refusing().await]), ("west", &[west])]).await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("central", &[refusing().await]), ("west", &[west])]).await;
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     assert_eq!(read(&mut client, 4).await, b"west");
     let metrics = &gateways[0].core().await.metrics;
@@ -150,19 +159,17 @@ async fn a_dead_endpoint_in_the_first_cluster_is_replayed_to_the_second_unseen()
     assert_eq!(metrics.attempted(&cluster("west"), "accepted"), 1);
 }
 
-#[tokio::test]
-async fn a_dead_endpoint_of_the_own_cluster_is_replayed_to_another_one_unseen() {
+async fn a_dead_endpoint_of_the_own_cluster_is_replayed_to_another_one_unseen(over: LinkTransport) {
     let west = Server::bind().await.echo(b"west");
-    let (gateways, _) = connected(&[("east", &[refusing().await]), ("west", &[west])]).await;
+    let (gateways, _) = linked(over, &[("east", &[refusing().await]), ("west", &[west])]).await;
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     assert_eq!(read(&mut client, 4).await, b"west");
 }
 
-#[tokio::test]
-async fn an_endpoint_that_closes_before_its_first_byte_costs_the_next_one_a_try() {
+async fn an_endpoint_that_closes_before_its_first_byte_costs_the_next_one_a_try(over: LinkTransport) {
     let (closing, good) = (Server::bind().await, Server::bind().await.echo(b"good"));
     let closes = closing.address;
-    let (gateways, _) = connected(&[("east", &[]), ("west", &[closes, good])]).await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[closes, good])]).await;
     tokio::spawn(async move {
         loop {
             drop(closing.accept().await);
@@ -174,11 +181,10 @@ async fn an_endpoint_that_closes_before_its_first_byte_costs_the_next_one_a_try(
     }
 }
 
-#[tokio::test]
-async fn a_silent_endpoint_is_replayed_elsewhere_within_its_deadline() {
+async fn a_silent_endpoint_is_replayed_elsewhere_within_its_deadline(over: LinkTransport) {
     let silent = Server::bind().await;
     let west = Server::bind().await.echo(b"west");
-    let (gateways, _) = connected(&[("east", &[]), ("central", &[silent.address]), ("west", &[west])]).await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("central", &[silent.address]), ("west", &[west])]).await;
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     let _held = silent.accept().await;
     assert_eq!(read(&mut client, 4).await, b"west");
@@ -186,11 +192,10 @@ async fn a_silent_endpoint_is_replayed_elsewhere_within_its_deadline() {
     assert_eq!(metrics.attempted(&cluster("central"), "rejected_timeout"), 1);
 }
 
-#[tokio::test]
-async fn a_gateway_killed_mid_handshake_is_replayed_around() {
+async fn a_gateway_killed_mid_handshake_is_replayed_around(over: LinkTransport) {
     let silent = Server::bind().await;
     let west = Server::bind().await.echo(b"west");
-    let (mut gateways, _) = connected(&[("east", &[]), ("central", &[silent.address]), ("west", &[west])]).await;
+    let (mut gateways, _) = linked(over, &[("east", &[]), ("central", &[silent.address]), ("west", &[west])]).await;
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     // Central's endpoint has the hello; then its gateway is gone.
     let _held = silent.accept().await;
@@ -199,10 +204,9 @@ async fn a_gateway_killed_mid_handshake_is_replayed_around() {
     until("central is unreachable", || gateways[0].eligibility("central").as_deref() == Some("unreachable")).await;
 }
 
-#[tokio::test]
-async fn a_client_that_leaves_before_the_answer_frees_the_endpoint() {
+async fn a_client_that_leaves_before_the_answer_frees_the_endpoint(over: LinkTransport) {
     let silent = Server::bind().await;
-    let (gateways, _) = connected(&[("east", &[]), ("west", &[silent.address])]).await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[silent.address])]).await;
     let client = knock(gateways[0].auto, &sni(None)).await;
     let mut held = silent.accept().await;
     super::rig::answer_hello(&mut held).await;
@@ -212,14 +216,19 @@ async fn a_client_that_leaves_before_the_answer_frees_the_endpoint() {
     until("the attempt is given up", || core.metrics.attempted(&cluster("west"), "client_gone") == 1).await;
 }
 
-#[tokio::test]
-async fn a_gateway_with_all_streams_taken_sends_the_next_one_elsewhere_until_one_ends() {
-    let east = Gateway::start("east").await;
+async fn a_gateway_with_all_streams_taken_sends_the_next_one_elsewhere_until_one_ends(over: LinkTransport) {
+    let east = Gateway::start_over(over, "east").await;
     let mut gateways = vec![east];
     let members: [(&str, &[_]); 3] =
         [("east", &[]), ("north", &[Server::bind().await.echo(b"N")]), ("west", &[Server::bind().await.echo(b"W")])];
     for (name, _) in &members[1..] {
-        gateways.push(Gateway::start_with(name, |config| config.egress.max_streams = 1).await);
+        gateways.push(
+            Gateway::start_with(name, |config| {
+                config.tunnel.transport = over;
+                config.egress.max_streams = 1;
+            })
+            .await,
+        );
     }
     let global = introduce(&gateways, &members);
     for (gateway, (_, endpoints)) in gateways.iter().zip(&members) {

@@ -5,12 +5,15 @@ use tokio::{
     net::TcpStream,
 };
 
-use super::rig::{Gateway, Server, connected, knock, read, sni, until};
+use crate::config::LinkTransport;
 
-#[tokio::test]
-async fn a_draining_gateway_finishes_what_it_carries_and_takes_nothing_new() {
+use super::rig::{Gateway, Server, knock, linked, over_both, read, sni, until};
+
+over_both!(a_draining_gateway_finishes_what_it_carries_and_takes_nothing_new, the_near_gateway_drains_too,);
+
+async fn a_draining_gateway_finishes_what_it_carries_and_takes_nothing_new(over: LinkTransport) {
     let west = Server::bind().await;
-    let (mut gateways, _) = connected(&[("east", &[]), ("west", &[west.address])]).await;
+    let (mut gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     let mut served = west.greet(b"hi").await;
     read(&mut client, 2).await;
@@ -30,10 +33,9 @@ async fn a_draining_gateway_finishes_what_it_carries_and_takes_nothing_new() {
     gateways[1].ended().await;
 }
 
-#[tokio::test]
-async fn the_near_gateway_drains_too() {
+async fn the_near_gateway_drains_too(over: LinkTransport) {
     let west = Server::bind().await;
-    let (mut gateways, _) = connected(&[("east", &[]), ("west", &[west.address])]).await;
+    let (mut gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
     let mut client = knock(gateways[0].auto, &sni(None)).await;
     let mut served = west.greet(b"hi").await;
     read(&mut client, 2).await;

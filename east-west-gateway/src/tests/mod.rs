@@ -5,4 +5,6 @@ mod carry;
 mod drain;
 mod evidence;
 mod feed;
+mod links;
+mod relay;
 mod rig;

@@ -27,6 +27,7 @@ use tokio::{
 
 use crate::{
     Bound, Config, Feed, Given, Inspector, View, build,
+    config::LinkTransport,
     core::Core,
     hello::{HelloReader, Progress},
     testkit::{FEDERATION, cluster, federation, service_name},
@@ -67,7 +68,8 @@ pub(super) fn config(name: &str) -> Config {
         "listen": {
             "tunnel": "127.0.0.1:0", "local": "127.0.0.1", "autoPort": 0, "pinnedPortBase": 0, "health": "127.0.0.1:0",
         },
-        "tunnel": { "dialBackoffMax": "200ms" },
+        // Many gateways share a busy machine here: death is declared late, but where a test is about it.
+        "tunnel": { "dialBackoffMax": "200ms", "deadAfter": "1500ms" },
         "ingress": { "helloTimeout": "500ms" },
         "drain": { "acceptFor": "100ms", "deadline": "5s" },
     });
@@ -89,6 +91,11 @@ impl Gateway {
     /// A gateway of cluster `name` with an empty view.
     pub(super) async fn start(name: &str) -> Self {
         Self::start_with(name, |_| {}).await
+    }
+
+    /// The same, dialling `over` something else.
+    pub(super) async fn start_over(over: LinkTransport, name: &str) -> Self {
+        Self::start_with(name, |config| config.tunnel.transport = over).await
     }
 
     pub(super) async fn start_with(name: &str, change: impl FnOnce(&mut Config)) -> Self {
@@ -177,11 +184,43 @@ impl Drop for Gateway {
     }
 }
 
-/// Gateways of these clusters that know each other; `endpoints` serve `shop/orders` in each.
+/// Runs each of these cases, functions of a [`LinkTransport`], over QUIC and over TCP.
+macro_rules! over_both {
+    ($($case:ident),+ $(,)?) => {
+        mod quic {
+            $(#[tokio::test]
+            async fn $case() {
+                super::$case(crate::config::LinkTransport::Quic).await;
+            })+
+        }
+        mod tcp {
+            $(#[tokio::test]
+            async fn $case() {
+                super::$case(crate::config::LinkTransport::Tcp).await;
+            })+
+        }
+    };
+}
+pub(super) use over_both;
+
+/// Gateways of these clusters that know each other, linked over QUIC; `endpoints` serve `shop/orders` in each.
 pub(super) async fn connected(members: &[(&str, &[SocketAddr])]) -> (Vec<Gateway>, GlobalSnapshot) {
+    linked(LinkTransport::Quic, members).await
+}
+
+/// The same with links `over` something else.
+pub(super) async fn linked(over: LinkTransport, members: &[(&str, &[SocketAddr])]) -> (Vec<Gateway>, GlobalSnapshot) {
+    linked_with(|config| config.tunnel.transport = over, members).await
+}
+
+/// The same with all gateways configured by `change`.
+pub(super) async fn linked_with(
+    change: impl Fn(&mut Config),
+    members: &[(&str, &[SocketAddr])],
+) -> (Vec<Gateway>, GlobalSnapshot) {
     let mut gateways = Vec::new();
     for (name, _) in members {
-        gateways.push(Gateway::start(name).await);
+        gateways.push(Gateway::start_with(name, &change).await);
     }
     let global = introduce(&gateways, members);
     for (gateway, (_, endpoints)) in gateways.iter().zip(members) {

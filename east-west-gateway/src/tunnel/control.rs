@@ -174,8 +174,8 @@ impl Running<'_> {
                 core.observed.touch();
             }
             Some(Told::Goaway) => {}
-            Some(Told::Availability(heard)) => {
-                if !core.registry.heard(tunnel, heard) {
+            Some(Told::Availability(word)) => {
+                if !core.registry.heard(tunnel, word) {
                     return Err(Close::Protocol.into());
                 }
                 core.refresh(&tunnel.cluster);

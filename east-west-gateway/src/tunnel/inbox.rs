@@ -18,14 +18,14 @@ pub(crate) const MAX_SERVICES: usize = 10_000;
 
 /// One update, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Heard {
+pub(crate) struct Word {
     /// Replaces all that was said before.
     snapshot: bool,
     services: Vec<(ServiceName, Availability)>,
     removed: Vec<ServiceName>,
 }
 
-impl TryFrom<AvailabilityUpdate> for Heard {
+impl TryFrom<AvailabilityUpdate> for Word {
     type Error = ConvertError;
 
     fn try_from(update: AvailabilityUpdate) -> Result<Self, ConvertError> {
@@ -37,8 +37,8 @@ impl TryFrom<AvailabilityUpdate> for Heard {
     }
 }
 
-impl Heard {
-    /// Replaces all that was said before.
+impl Word {
+    /// It replaces all that was said before.
     pub(crate) fn is_snapshot(&self) -> bool {
         self.snapshot
     }
@@ -79,8 +79,8 @@ mod tests {
         AvailabilityUpdate { snapshot, services: names.iter().map(of).collect(), removed: Vec::new() }
     }
 
-    fn heard(snapshot: bool, names: &[&str]) -> Heard {
-        Heard::try_from(update(snapshot, names)).unwrap()
+    fn word(snapshot: bool, names: &[&str]) -> Word {
+        Word::try_from(update(snapshot, names)).unwrap()
     }
 
     fn names(table: &Table) -> Vec<&str> {
@@ -90,27 +90,27 @@ mod tests {
     #[test]
     fn a_snapshot_replaces_and_an_update_adds() {
         let mut table = Table::new();
-        assert!(heard(true, &["a", "b"]).apply(&mut table, 10));
-        assert!(heard(false, &["b", "c"]).apply(&mut table, 10));
+        assert!(word(true, &["a", "b"]).apply(&mut table, 10));
+        assert!(word(false, &["b", "c"]).apply(&mut table, 10));
         assert_eq!(names(&table), ["a", "b", "c"]);
-        assert!(heard(true, &["d"]).apply(&mut table, 10));
+        assert!(word(true, &["d"]).apply(&mut table, 10));
         assert_eq!(names(&table), ["d"]);
     }
 
     #[test]
     fn a_peer_that_keeps_coming_back_cannot_grow_its_table() {
         let mut table = Table::new();
-        assert!(heard(false, &["a", "b"]).apply(&mut table, 3));
-        assert!(!heard(false, &["c", "d"]).apply(&mut table, 3));
-        assert!(!heard(true, &["c", "d", "e", "f"]).apply(&mut table, 3));
+        assert!(word(false, &["a", "b"]).apply(&mut table, 3));
+        assert!(!word(false, &["c", "d"]).apply(&mut table, 3));
+        assert!(!word(true, &["c", "d", "e", "f"]).apply(&mut table, 3));
         assert_eq!(names(&table), ["a", "b"], "what is refused changes nothing");
-        assert!(heard(false, &["a", "b", "c", "c"]).apply(&mut table, 3), "what is known or repeated counts once");
+        assert!(word(false, &["a", "b", "c", "c"]).apply(&mut table, 3), "what is known or repeated counts once");
     }
 
     #[test]
     fn one_bad_entry_spoils_the_word() {
         let mut bad = update(true, &["a", "b"]);
         bad.services[1].cluster = "west".into();
-        assert!(Heard::try_from(bad).is_err(), "a gateway speaks only for its own cluster");
+        assert!(Word::try_from(bad).is_err(), "a gateway speaks only for its own cluster");
     }
 }

@@ -22,7 +22,7 @@ use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    inbox::{Heard, MAX_SERVICES},
+    inbox::{MAX_SERVICES, Word},
     link::Link,
     outbox::Table,
     stalled::Stalled,
@@ -230,7 +230,7 @@ pub(crate) struct Steer {
 struct Peer {
     /// It should be reached there; `None` if it is only known by its own links.
     dial: Option<Dial>,
-    words: Vec<Word>,
+    legs: Vec<Leg>,
     /// What it said last on a tunnel that is gone: stands until another one has spoken.
     last: Table,
 }
@@ -247,7 +247,7 @@ struct Dial {
 
 /// A tunnel and what was said on it.
 #[derive(Debug)]
-struct Word {
+struct Leg {
     tunnel: Arc<Tunnel>,
     /// Its first snapshot has come.
     spoken: bool,
@@ -257,13 +257,13 @@ struct Word {
 impl Peer {
     /// The table to believe: the oldest tunnel's, unless its answers are overdue.
     fn table(&self) -> &Table {
-        let order = |word: &&Word| (word.tunnel.is_going(), word.tunnel.is_suspect(), word.tunnel.id);
-        let spoken = self.words.iter().filter(|word| word.spoken);
-        spoken.min_by_key(order).map_or(&self.last, |word| &word.table)
+        let order = |leg: &&Leg| (leg.tunnel.is_going(), leg.tunnel.is_suspect(), leg.tunnel.id);
+        let spoken = self.legs.iter().filter(|leg| leg.spoken);
+        spoken.min_by_key(order).map_or(&self.last, |leg| &leg.table)
     }
 
     fn serves(&self) -> bool {
-        self.words.iter().any(|word| !word.tunnel.is_going())
+        self.legs.iter().any(|leg| !leg.tunnel.is_going())
     }
 }
 
@@ -344,14 +344,14 @@ impl Registry {
         let mut peers = self.lock();
         let peer = peers.get_mut(key)?;
         let dial = peer.dial.take()?;
-        let (ours, theirs) = std::mem::take(&mut peer.words)
+        let (ours, theirs) = std::mem::take(&mut peer.legs)
             .into_iter()
-            .partition::<Vec<_>, _>(|word| word.tunnel.origin != Origin::Accepted);
-        peer.words = theirs;
-        if peer.words.is_empty() {
+            .partition::<Vec<_>, _>(|leg| leg.tunnel.origin != Origin::Accepted);
+        peer.legs = theirs;
+        if peer.legs.is_empty() {
             peers.remove(key);
         }
-        Some((dial.steer, ours.into_iter().map(|word| word.tunnel).collect()))
+        Some((dial.steer, ours.into_iter().map(|leg| leg.tunnel).collect()))
     }
 
     /// Dial this peer now, if no own tunnel to it is up.
@@ -364,16 +364,16 @@ impl Registry {
     /// The tunnel works. False if the peer is not wanted (there) any more.
     pub(crate) fn up(&self, tunnel: &Arc<Tunnel>) -> bool {
         let mut peers = self.lock();
-        let word = Word { tunnel: tunnel.clone(), spoken: false, table: Table::new() };
+        let leg = Leg { tunnel: tunnel.clone(), spoken: false, table: Table::new() };
         match tunnel.origin {
             Origin::Accepted => {
-                peers.entry(key_of(tunnel)).or_default().words.push(word);
+                peers.entry(key_of(tunnel)).or_default().legs.push(leg);
                 true
             }
             Origin::Dialled(address) => match peers.get_mut(&key_of(tunnel)) {
-                Some(Peer { dial: Some(dial), words, .. }) if dial.address == address => {
+                Some(Peer { dial: Some(dial), legs, .. }) if dial.address == address => {
                     dial.tried = true;
-                    words.push(word);
+                    legs.push(leg);
                     true
                 }
                 _ => false,
@@ -399,26 +399,26 @@ impl Registry {
     pub(crate) fn down(&self, tunnel: &Tunnel) {
         let mut peers = self.lock();
         let Some(peer) = peers.get_mut(&key_of(tunnel)) else { return };
-        if let Some(at) = peer.words.iter().position(|word| word.tunnel.id == tunnel.id) {
-            let word = peer.words.remove(at);
-            if word.spoken {
-                peer.last = word.table;
+        if let Some(at) = peer.legs.iter().position(|leg| leg.tunnel.id == tunnel.id) {
+            let leg = peer.legs.remove(at);
+            if leg.spoken {
+                peer.last = leg.table;
             }
         }
-        if peer.words.is_empty() && peer.dial.is_none() {
+        if peer.legs.is_empty() && peer.dial.is_none() {
             peers.remove(&key_of(tunnel));
         }
     }
 
     /// The peer speaks of its cluster. False if it says more than is allowed.
-    pub(crate) fn heard(&self, tunnel: &Tunnel, heard: Heard) -> bool {
+    pub(crate) fn heard(&self, tunnel: &Tunnel, word: Word) -> bool {
         let mut peers = self.lock();
         let peer = peers.get_mut(&key_of(tunnel));
-        let Some(word) = peer.and_then(|peer| peer.words.iter_mut().find(|w| w.tunnel.id == tunnel.id)) else {
+        let Some(leg) = peer.and_then(|peer| peer.legs.iter_mut().find(|leg| leg.tunnel.id == tunnel.id)) else {
             return true;
         };
-        word.spoken |= heard.is_snapshot();
-        heard.apply(&mut word.table, MAX_SERVICES)
+        leg.spoken |= word.is_snapshot();
+        word.apply(&mut leg.table, MAX_SERVICES)
     }
 
     /// The better of two working tunnels to `cluster`, of those not `tried`. In this order: draining ones, gateways that
@@ -428,8 +428,8 @@ impl Registry {
         let same = |x: &Tried, t: &Tunnel| x.tunnel.id == t.id || (x.refused && x.tunnel.gateway == t.gateway);
         let out = |t: &Tunnel| tried.iter().any(|x| same(x, t));
         let up: Vec<Arc<Tunnel>> = of_cluster(&self.lock(), cluster)
-            .flat_map(|peer| &peer.words)
-            .map(|word| &word.tunnel)
+            .flat_map(|peer| &peer.legs)
+            .map(|leg| &leg.tunnel)
             .filter(|t| !out(t))
             .cloned()
             .collect();
@@ -449,7 +449,7 @@ impl Registry {
         }
         let serving: Vec<&Peer> = all.iter().filter(|peer| peer.serves()).copied().collect();
         let reachable = !serving.is_empty();
-        // Without a tunnel the last words stand, so that it is known what was there.
+        // Without a tunnel the last legs stand, so that it is known what was there.
         let speakers = if reachable { &serving } else { &all };
         let mut table = Table::new();
         for (service, word) in speakers.iter().flat_map(|peer| peer.table()) {
@@ -469,16 +469,32 @@ impl Registry {
 
     /// Whether an own QUIC tunnel to the peer takes new streams.
     pub(crate) fn has_quic(&self, key: &PeerKey) -> bool {
-        let own = |word: &Word| {
-            let tunnel = &word.tunnel;
+        let own = |leg: &Leg| {
+            let tunnel = &leg.tunnel;
             tunnel.origin != Origin::Accepted && tunnel.link.transport() == Transport::Quic && !tunnel.is_going()
         };
-        self.lock().get(key).is_some_and(|peer| peer.words.iter().any(own))
+        self.lock().get(key).is_some_and(|peer| peer.legs.iter().any(own))
+    }
+
+    /// Where the gateways of `cluster` are now.
+    #[cfg(test)]
+    pub(crate) fn remotes(&self, cluster: &ClusterName) -> Vec<SocketAddr> {
+        let peers = self.lock();
+        let legs = of_cluster(&peers, cluster).flat_map(|peer| &peer.legs);
+        legs.map(|leg| leg.tunnel.link.remote_address()).collect()
+    }
+
+    /// The tunnels that were dialled to `cluster`.
+    #[cfg(test)]
+    pub(crate) fn own_links(&self, cluster: &ClusterName) -> Vec<u64> {
+        let peers = self.lock();
+        let legs = of_cluster(&peers, cluster).flat_map(|peer| &peer.legs);
+        legs.filter(|leg| leg.tunnel.origin != Origin::Accepted).map(|leg| leg.tunnel.id).collect()
     }
 
     /// How many tunnels to `cluster` work.
     pub(crate) fn count(&self, cluster: &ClusterName) -> usize {
-        of_cluster(&self.lock(), cluster).map(|peer| peer.words.len()).sum()
+        of_cluster(&self.lock(), cluster).map(|peer| peer.legs.len()).sum()
     }
 
     /// How many peers of `cluster` are downgraded.
@@ -505,7 +521,7 @@ impl Registry {
     /// Every peer's state, for people.
     pub(crate) fn infos(&self) -> Vec<TunnelInfo> {
         let info = |((cluster, gateway), peer): (&PeerKey, &Peer)| {
-            let tunnels: Vec<&Tunnel> = peer.words.iter().map(|word| word.tunnel.as_ref()).collect();
+            let tunnels: Vec<&Tunnel> = peer.legs.iter().map(|leg| leg.tunnel.as_ref()).collect();
             // The one that the next stream would likely take.
             let first = tunnels.iter().min_by_key(|t| (t.is_going(), t.origin == Origin::Accepted, t.since));
             let paths: Vec<_> = tunnels.iter().map(|t| t.link.path()).collect();
@@ -540,7 +556,7 @@ impl Registry {
 }
 
 fn has_own(peer: &Peer) -> bool {
-    peer.words.iter().any(|word| word.tunnel.origin != Origin::Accepted && !word.tunnel.is_going())
+    peer.legs.iter().any(|leg| leg.tunnel.origin != Origin::Accepted && !leg.tunnel.is_going())
 }
 
 fn of_cluster<'a>(peers: &'a BTreeMap<PeerKey, Peer>, cluster: &ClusterName) -> impl Iterator<Item = &'a Peer> {

@@ -9,7 +9,7 @@ use isthmus_api::proto::tunnel::v1::{ControlFrame, Goaway, Offers, Ping, control
 
 use super::{
     Close,
-    inbox::Heard,
+    inbox::Word,
     liveness::{Action, Liveness},
     outbox::{Outbox, Table},
 };
@@ -40,7 +40,7 @@ pub(crate) enum Told {
     /// It drains.
     Goaway,
     /// What its cluster can serve.
-    Availability(Heard),
+    Availability(Word),
     /// It would like so many connections on offer (TCP).
     Offers(u32),
     /// It ends the link (TCP).
@@ -114,7 +114,7 @@ impl Session {
             },
             Some(Kind::Goaway(_)) => told(Told::Goaway),
             Some(Kind::Availability(update)) => {
-                told(Told::Availability(Heard::try_from(update).map_err(|_| Close::Protocol)?))
+                told(Told::Availability(Word::try_from(update).map_err(|_| Close::Protocol)?))
             }
             Some(Kind::Offers(offers)) => told(Told::Offers(offers.connections)),
             Some(Kind::Closing(closing)) => told(Told::Closing(closing.reason.chars().take(200).collect())),

@@ -55,20 +55,15 @@ impl TryFrom<common::TunnelStatus> for TunnelState {
             common::Transport::Quic | common::Transport::Unspecified => Transport::Quic,
             common::Transport::Tcp => Transport::Tcp,
         };
-        if p.downgraded && transport != Transport::Tcp {
-            return Err(ConvertError::new("downgraded", "is set for a tunnel over QUIC, which is what it falls from"));
-        }
-        if p.loss_ppm > MILLION {
-            return Err(ConvertError::new("loss_ppm", format!("{} lost of every million is too many", p.loss_ppm)));
-        }
         Ok(Self {
             cluster: name("cluster", &p.cluster)?,
             gateway: p.gateway,
             up: p.up,
             rtt_us: p.rtt_us,
             transport,
-            downgraded: p.downgraded,
-            loss_ppm: p.loss_ppm,
+            // These are for people to look at, and come with what is acted upon: nonsense is put right, not refused.
+            downgraded: p.downgraded && transport == Transport::Tcp,
+            loss_ppm: p.loss_ppm.min(MILLION),
             cwnd_bytes: p.cwnd_bytes,
         })
     }

@@ -215,17 +215,15 @@ fn tunnel() -> TunnelState {
 #[test]
 fn a_tunnels_state_is_checked_and_one_from_before_there_was_a_choice_runs_over_quic() {
     let said = common::TunnelStatus::from(&tunnel());
-    let field = |change: &dyn Fn(&mut common::TunnelStatus)| {
+    let read = |change: &dyn Fn(&mut common::TunnelStatus)| {
         let mut said = said.clone();
         change(&mut said);
-        TunnelState::try_from(said).map(|t| t.transport).map_err(|e| e.field)
+        TunnelState::try_from(said).map(|t| (t.transport, t.downgraded, t.loss_ppm)).map_err(|e| e.field)
     };
-    assert_eq!(field(&|t| (t.transport, t.downgraded) = (0, false)), Ok(Transport::Quic));
-    assert_eq!(field(&|t| t.loss_ppm = 1_000_000), Ok(Transport::Tcp));
-    assert_eq!(field(&|t| t.loss_ppm = 1_000_001), Err("loss_ppm".to_owned()));
-    assert_eq!(field(&|t| t.transport = 1), Err("downgraded".to_owned()));
-    assert_eq!(field(&|t| t.transport = 9), Err("transport".to_owned()));
-    assert_eq!(field(&|t| t.gateway = "a/b".to_owned()), Err("gateway".to_owned()));
+    assert_eq!(read(&|t| t.transport = 0), Ok((Transport::Quic, false, 12_000)), "nothing falls to QUIC");
+    assert_eq!(read(&|t| t.loss_ppm = 1_000_001), Ok((Transport::Tcp, true, 1_000_000)));
+    assert_eq!(read(&|t| t.transport = 9), Err("transport".to_owned()));
+    assert_eq!(read(&|t| t.gateway = "a/b".to_owned()), Err("gateway".to_owned()));
 }
 
 #[test]

@@ -1,0 +1,207 @@
+//! What links go through: NAT, moves, blocked UDP, new certificates, slow readers.
+
+use std::time::Duration;
+
+use isthmus_model::{global::GlobalSnapshot, local::Transport, service::GatewayAddress};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use super::{
+    relay::Relay,
+    rig::{Gateway, Server, introduce, knock, linked, over_both, read, sni, svid, until},
+};
+use crate::{config::LinkTransport, testkit::cluster};
+
+over_both!(
+    a_gateway_that_cannot_be_dialled_is_reached_through_the_link_it_made,
+    a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_what_it_carries,
+    slow_readers_stall_nobody_else,
+);
+
+/// East and west, where `dialled` says at which address the other one finds each; `None`: not at all.
+async fn pair(
+    over: LinkTransport,
+    endpoints: [&Server; 2],
+    dialled: impl AsyncFn([&Gateway; 2]) -> [Option<std::net::SocketAddr>; 2],
+) -> (Vec<Gateway>, GlobalSnapshot) {
+    let gateways = vec![Gateway::start_over(over, "east").await, Gateway::start_over(over, "west").await];
+    let [east, west] = endpoints.map(|server| [server.address]);
+    let mut global = introduce(&gateways, &[("east", &east), ("west", &west)]);
+    let addresses = dialled([&gateways[0], &gateways[1]]).await;
+    for (name, tunnel) in ["east", "west"].into_iter().zip(addresses) {
+        let address = GatewayAddress { name: "gateway-1".to_owned(), tunnel };
+        global.clusters.get_mut(&cluster(name)).unwrap().gateways = vec![address];
+    }
+    for (gateway, endpoints) in gateways.iter().zip([east, west]) {
+        gateway.set_endpoints(&endpoints);
+        gateway.set_global(&global);
+    }
+    (gateways, global)
+}
+
+/// A connection from `from` pinned to `to`, carried end to end.
+async fn carried(from: &Gateway, to: &str, server: &Server) -> (TcpStream, TcpStream) {
+    let pinned = from.inspector.pinned()[&cluster(to)];
+    let name = sni(Some(to));
+    let (mut client, served) = tokio::join!(knock(pinned, &name), server.greet(b"hi"));
+    assert_eq!(read(&mut client, 2).await, b"hi");
+    (client, served)
+}
+
+async fn exchange(client: &mut TcpStream, served: &mut TcpStream, word: &[u8]) {
+    client.write_all(word).await.unwrap();
+    assert_eq!(read(served, word.len()).await, word);
+    served.write_all(word).await.unwrap();
+    assert_eq!(read(client, word.len()).await, word);
+}
+
+async fn a_gateway_that_cannot_be_dialled_is_reached_through_the_link_it_made(over: LinkTransport) {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let (gateways, _) = pair(over, [&east, &west], async |[_, w]| [None, Some(w.tunnel)]).await;
+    gateways[0].sees_ready("west").await;
+    gateways[1].sees_ready("east").await;
+    for _ in 0..3 {
+        let (mut client, mut served) = carried(&gateways[1], "east", &east).await;
+        exchange(&mut client, &mut served, b"inward").await;
+        let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+        exchange(&mut client, &mut served, b"outward").await;
+    }
+    let tunnels = gateways[1].inspector.tunnels();
+    assert!(tunnels.iter().all(|t| t.address.is_none() && t.accepted == t.links), "{tunnels:?}");
+}
+
+#[tokio::test]
+async fn streams_survive_a_nat_that_forgets_and_a_move_of_the_peer() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let (gateways, _) = pair(LinkTransport::Quic, [&east, &west], async |[_, w]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        [None, Some(relay.address)]
+    })
+    .await;
+    gateways[0].sees_ready("west").await;
+    let relay = relay.get().unwrap();
+    let (mut outward, mut outward_served) = carried(&gateways[0], "west", &west).await;
+    let (mut inward, mut inward_served) = carried(&gateways[1], "east", &east).await;
+    let core = gateways[1].core().await;
+    let seen = || core.registry.remotes(&cluster("east"));
+    for _ in 0..3 {
+        let before = seen();
+        relay.rebind();
+        exchange(&mut outward, &mut outward_served, b"before and after").await;
+        exchange(&mut inward, &mut inward_served, b"the other way").await;
+        until("west sees where east is now", || seen() != before).await;
+    }
+    assert_eq!(gateways[0].core().await.metrics.rejected("peer_dead"), 0);
+    assert_eq!(core.metrics.rejected("peer_dead"), 0, "one and the same link");
+}
+
+#[tokio::test]
+async fn tcp_stands_in_for_blocked_udp_only_where_the_link_says_auto_and_only_as_long() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let blocked = async |[_, w]: [&Gateway; 2]| {
+        let relay = relay
+            .get_or_init(async || {
+                let relay = Relay::before(w.tunnel).await;
+                relay.block_udp(true);
+                relay
+            })
+            .await;
+        [None, Some(relay.address)]
+    };
+    let (gateways, _) = pair(LinkTransport::Auto, [&east, &west], blocked).await;
+    gateways[0].sees_ready("west").await;
+    let tunnel = || gateways[0].inspector.tunnels().remove(0);
+    let shown = tunnel();
+    assert_eq!((shown.transport, shown.downgraded), (Some(Transport::Tcp), true));
+    let (mut old, mut old_served) = carried(&gateways[0], "west", &west).await;
+
+    relay.get().unwrap().block_udp(false);
+    until("QUIC is back", || tunnel().transport == Some(Transport::Quic) && !tunnel().downgraded).await;
+    exchange(&mut old, &mut old_served, b"begun over TCP").await;
+    let (mut new, mut new_served) = carried(&gateways[0], "west", &west).await;
+    exchange(&mut new, &mut new_served, b"over QUIC").await;
+    assert_eq!(gateways[0].core().await.registry.downgraded(&cluster("west")), 0);
+    drop((old, old_served));
+    until("the TCP link is given up", || tunnel().links == 1).await;
+
+    // Blocked again while it is up: the link dies, and TCP stands in once more.
+    relay.get().unwrap().block_udp(true);
+    until("TCP stands in again", || tunnel().downgraded).await;
+    let (mut again, mut again_served) = carried(&gateways[0], "west", &west).await;
+    exchange(&mut again, &mut again_served, b"over TCP").await;
+}
+
+#[tokio::test]
+async fn a_link_that_says_quic_is_not_made_over_tcp_by_whoever_blocks_udp() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let (gateways, _) = pair(LinkTransport::Quic, [&east, &west], async |[_, w]: [&Gateway; 2]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        relay.block_udp(true);
+        [None, Some(relay.address)]
+    })
+    .await;
+    until("east gives up", || gateways[0].eligibility("west").as_deref() == Some("unreachable")).await;
+    assert!(!gateways[0].inspector.tunnels().remove(0).up);
+}
+
+async fn a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_what_it_carries(over: LinkTransport) {
+    let west = Server::bind().await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    let core = gateways[0].core().await;
+    let before = core.registry.own_links(&cluster("west"));
+    core.identity.source.set(svid("east"));
+    until("there is a new link", || core.registry.own_links(&cluster("west")).iter().any(|id| !before.contains(id)))
+        .await;
+    exchange(&mut client, &mut served, b"still here").await;
+    let (mut new, mut new_served) = carried(&gateways[0], "west", &west).await;
+    exchange(&mut new, &mut new_served, b"here too").await;
+    drop((client, served));
+    let gone = || core.registry.own_links(&cluster("west")).iter().all(|id| !before.contains(id));
+    until("the old link is given up", gone).await;
+    exchange(&mut new, &mut new_served, b"as before").await;
+}
+
+async fn slow_readers_stall_nobody_else(over: LinkTransport) {
+    let west = Server::bind().await;
+    let small = |config: &mut crate::Config| {
+        config.tunnel.transport = over;
+        config.tunnel.stream_window_bytes = 64 * 1024;
+        config.tunnel.connection_window_bytes = 256 * 1024;
+    };
+    let (gateways, _) = super::rig::linked_with(small, &[("east", &[]), ("west", &[west.address])]).await;
+    // More than the window holds of clients that do not read, and servers that do not stop.
+    let mut slow = Vec::new();
+    for _ in 0..12 {
+        let (client, mut served) = carried(&gateways[0], "west", &west).await;
+        let flood = tokio::spawn(async move { while served.write_all(&[7; 64 * 1024]).await.is_ok() {} });
+        slow.push((client, flood));
+    }
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    for _ in 0..50 {
+        exchange(&mut client, &mut served, &[1; 4_000]).await;
+    }
+    // A slow reader that is borne gets its bytes in the end.
+    let mut whole = 0;
+    for (mut client, flood) in slow {
+        let mut taken = 0;
+        let mut buffer = vec![0; 64 * 1024];
+        while taken < 2_000_000 {
+            match tokio::time::timeout(Duration::from_secs(10), client.read(&mut buffer)).await.unwrap() {
+                Ok(n) if n > 0 => taken += n,
+                _ => break,
+            }
+        }
+        whole += usize::from(taken >= 2_000_000);
+        flood.abort();
+    }
+    assert!(whole >= 1, "not all are given up");
+    let tunnels = gateways[0].inspector.tunnels();
+    assert!(tunnels.iter().all(|t| t.up), "{tunnels:?}");
+    assert_eq!(gateways[0].core().await.metrics.rejected("peer_dead"), 0);
+}
