@@ -43,7 +43,7 @@ for target in "${targets[@]}"; do
   # A play of the availability feed is a word per byte; long ones only repeat themselves, slowly.
   if [ "$target" = availability ]; then longest=400; else longest=20000; fi
   status=0
-  "$program" "$learnt" "fuzz/corpus/$target" -max_total_time="$seconds" -max_len="$longest" -timeout=10 -rss_limit_mb=2048 \
+  "$program" "$learnt" "fuzz/corpus/$target" -max_total_time="$seconds" -max_len="$longest" -timeout=10 -use_value_profile=1 -rss_limit_mb=2048 \
     -artifact_prefix="$findings/" >"$log" 2>&1 &
   pid=$!
   trap 'kill "$pid" 2>/dev/null || true' EXIT

@@ -273,7 +273,7 @@ impl Starting {
 }
 
 /// Brings the local pool, and what follows from it, up to date with every view.
-async fn keep_own_house(core: Arc<Core>) {
+pub(crate) async fn keep_own_house(core: Arc<Core>) {
     let mut view: watch::Receiver<Arc<View>> = core.view.clone();
     let mut table = core.pool.table();
     view.mark_changed();
@@ -305,7 +305,7 @@ async fn ready_once_tried(core: Arc<Core>, gate: Gate) {
     }
 }
 
-async fn drain(core: &Core) {
+pub(crate) async fn drain(core: &Core) {
     let drain = &core.config.drain;
     tracing::info!(carried = core.carried.len(), deadline = ?drain.deadline, "draining");
     core.draining.cancel();

@@ -218,7 +218,7 @@ fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json
         },
         "tunnel": {
             "transport": transport.word(), "deadAfter": "20s", "idleTimeout": "60s", "handshakeTimeout": "30s",
-            "dialBackoffMax": "500ms", "connectionWindowBytes": 256 << 20, "tcp": { "userTimeout": "30s", "maxPendingHandshakesPerSource": 1024 },
+            "dialBackoffMax": "500ms", "connectionWindowBytes": 256 << 20, "tcp": { "userTimeout": "30s", "maxPendingHandshakesPerSource": 1024, "idleTimeout": "5s" },
         },
         "ingress": {
             "helloTimeout": "30s", "attemptTimeout": "30s", "pinnedTimeout": "30s", "maxPendingHellosPerSource": 4096,

@@ -87,6 +87,7 @@ fn hello() -> Seeds {
         ("post-quantum", input(16_000, &[255, 3, 0], &post_quantum)),
         ("pinned-in-bytes", input(448, &[0], &pinned)),
         ("small-records", input(2_000, &[6, 1], &in_records(&classic, 7))),
+        ("small-records-beyond-the-limit", input(243, &[6, 1], &in_records(&classic, 7))),
         ("large-records", input(16_000, &[40], &in_records(&post_quantum, 500))),
         ("beyond-its-limit", input(300, &[40], &in_records(&post_quantum, 50))),
         ("two-versions", input(16_000, &[7], &both)),

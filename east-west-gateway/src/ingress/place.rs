@@ -4,10 +4,7 @@
 //! followed by the same hello elsewhere, and the app sees a slower connect instead of an error. The first byte back ends
 //! that. Nothing is read from the client meanwhile; only its leaving is noticed.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
@@ -18,6 +15,7 @@ use crate::{
     access::Access,
     availability::Lease,
     choose::{After, Plan},
+    clock,
     core::Core,
     egress::endpoint::{self, Answered, Request},
     frame::{self, FrameReader, MAX_HEADER},
@@ -100,7 +98,7 @@ const BROKEN: Failed = ("protocol", After::SameCluster);
 impl Placing<'_> {
     /// Works through `plan`.
     pub(super) async fn place(&self, mut plan: Plan, access: &mut Access) -> Result<Placed, Unplaced> {
-        let began = Instant::now();
+        let began = clock::now();
         let config = &self.core.config.ingress;
         let mut tried: Vec<Tried> = Vec::new();
         let mut last = Unplaced::NoTunnel;
@@ -119,7 +117,7 @@ impl Placing<'_> {
             let left = match self.route.cluster {
                 // Both of a pinned port's attempts must fit into what its client allows for a handshake.
                 Some(_) => {
-                    let left = config.pinned_timeout.saturating_sub(began.elapsed());
+                    let left = config.pinned_timeout.saturating_sub(clock::since(began));
                     left.min(config.pinned_timeout / 2).min(config.attempt_timeout)
                 }
                 None => config.attempt_timeout,
@@ -153,7 +151,7 @@ impl Placing<'_> {
             access.tried(&cluster, label);
             match outcome {
                 Ok(placed) => {
-                    self.core.metrics.first_byte(&cluster, began.elapsed());
+                    self.core.metrics.first_byte(&cluster, clock::since(began));
                     access.destined(&cluster);
                     return Ok(placed);
                 }

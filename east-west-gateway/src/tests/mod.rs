@@ -8,3 +8,4 @@ mod feed;
 mod links;
 mod relay;
 mod rig;
+mod sim;

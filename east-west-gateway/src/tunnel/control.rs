@@ -3,10 +3,7 @@
 //! In: the stream, what this gateway has to say, the peer's frames. Out: what the tunnel's users see of the peer (round
 //! trip, load, draining, availability of its cluster). Ends when the link does, and ends the link with the reason.
 
-use std::{
-    sync::{Arc, atomic::Ordering},
-    time::Instant,
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use isthmus_api::proto::tunnel::v1::{Closing, ControlFrame, ControlHello, control_frame::Kind};
 use isthmus_model::ids::check_label;
@@ -19,6 +16,7 @@ use super::{
     session::{Own, Response, Rhythm, Session, Told},
 };
 use crate::{
+    clock,
     core::Core,
     frame::{self, FrameError, FrameReader, MAX_CONTROL},
 };
@@ -64,7 +62,7 @@ impl Control {
     /// Serves the stream until the link ends or must end; closes it then.
     pub(crate) async fn run(self, core: &Core, tunnel: &Arc<Tunnel>) {
         let rhythm = Rhythm { interval: core.config.tunnel.ping_interval, dead_after: core.config.tunnel.dead_after };
-        let session = Session::new(rhythm, Instant::now());
+        let session = Session::new(rhythm, clock::now());
         let mut running = Running { control: self, core, tunnel, session };
         let ended = tokio::select! {
             ended = running.run() => Some(ended),
@@ -120,7 +118,7 @@ impl Running<'_> {
                 draining: self.core.draining.is_cancelled(),
                 offers: self.tunnel.link.wishes(self.core.registry.needs_reverse(self.tunnel)),
             };
-            let now = Instant::now();
+            let now = clock::now();
             let (frames, wake) = match self.session.poll(&own, now) {
                 Ok(due) => due,
                 Err(why) => return why.into(),
@@ -155,7 +153,7 @@ impl Running<'_> {
     }
 
     async fn handle(&mut self, frame: ControlFrame) -> Result<(), End> {
-        let Response { reply, told } = self.session.heard(frame, self.core.load_permille(), Instant::now())?;
+        let Response { reply, told } = self.session.heard(frame, self.core.load_permille(), clock::now())?;
         if let Some(reply) = reply {
             self.send(reply).await?;
         }

@@ -4,12 +4,7 @@
 //! when the peer's nears its end, or when QUIC works again where TCP stood in for it: the old link takes no new streams,
 //! the running ones finish on it. A lane ends with its peer.
 
-use std::{
-    future::Future,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use isthmus_runtime::backoff::Backoff;
 use quinn::Endpoint;
@@ -22,7 +17,10 @@ use super::{
     link::{self, Link, quic, tcp},
     registry::{Origin, PeerKey, Steer, Tunnel},
 };
-use crate::core::{Core, expires};
+use crate::{
+    clock,
+    core::{Core, expires},
+};
 
 const BACKOFF_BASE: Duration = Duration::from_millis(100);
 /// What an attempt takes at most where the peer lives: a round trip or two.
@@ -188,9 +186,9 @@ impl Peer {
         let source = self.core.identity.source.clone();
         let left = expires(link).map_or(0, |at| at.0).saturating_sub(isthmus_runtime::now());
         let left = Duration::from_millis(left);
-        let until = Instant::now() + left.saturating_sub(EARLY.min(left / 4));
+        let until = clock::now() + left.saturating_sub(EARLY.min(left / 4));
         async move {
-            while Arc::ptr_eq(&shown, &source.current()) && Instant::now() < until {
+            while Arc::ptr_eq(&shown, &source.current()) && clock::now() < until {
                 time::sleep(WATCH).await;
             }
         }
@@ -198,11 +196,11 @@ impl Peer {
 
     /// Resolves when no QUIC lane has worked for `long`.
     async fn without_quic(&self, long: Duration) {
-        let mut since = Instant::now();
-        while since.elapsed() < long {
+        let mut since = clock::now();
+        while clock::since(since) < long {
             time::sleep(WATCH.min(long / 2)).await;
             if self.core.registry.has_quic(&self.key) {
-                since = Instant::now();
+                since = clock::now();
             }
         }
     }

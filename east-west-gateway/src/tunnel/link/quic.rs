@@ -17,8 +17,8 @@ use isthmus_identity::{
 use isthmus_model::ids::{ClusterName, SpiffeId, TrustDomain};
 use prometheus_client::metrics::counter::Counter;
 use quinn::{
-    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, MtuDiscoveryConfig, TokioRuntime, TransportConfig,
-    VarInt,
+    AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime as _,
+    TokioRuntime, TransportConfig, VarInt,
     congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig},
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
@@ -98,6 +98,17 @@ pub(crate) fn endpoint(
     garbage: Counter,
 ) -> Result<Endpoint, EndpointError> {
     grow_buffers(&socket, config.socket_buffer_bytes);
+    let socket = TokioRuntime.wrap_udp_socket(socket).map_err(EndpointError::Socket)?;
+    endpoint_on(socket, config, identity, garbage)
+}
+
+/// The same on anything that sends and receives datagrams.
+pub(crate) fn endpoint_on(
+    socket: Arc<dyn AsyncUdpSocket>,
+    config: &TunnelConfig,
+    identity: &Identity,
+    garbage: Counter,
+) -> Result<Endpoint, EndpointError> {
     let auth = ClientAuth::Required(any_gateway(&identity.federation));
     let tls = tls::server_config(&identity.source, &identity.trust, auth, &[ALPN]).map_err(EndpointError::Tls)?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
@@ -109,7 +120,8 @@ pub(crate) fn endpoint(
         .max_udp_payload_size(config.mtu.max(DEFAULT_PAYLOAD))
         .map_err(|_| EndpointError::Number("mtu"))?
         .cid_generator(move || Box::new(Cids { own: HashedConnectionIdGenerator::new(), garbage: garbage.clone() }));
-    Endpoint::new(endpoint, Some(server), socket, Arc::new(TokioRuntime)).map_err(EndpointError::Socket)
+    Endpoint::new_with_abstract_socket(endpoint, Some(server), socket, Arc::new(TokioRuntime))
+        .map_err(EndpointError::Socket)
 }
 
 /// Dials `address`, where a gateway of `cluster` is expected. The caller sets the deadline.
