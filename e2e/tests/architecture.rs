@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use cargo_metadata::{DependencyKind, MetadataCommand};
 
 /// Workspace crate → workspace crates it may depend on (normal and build dependencies).
-const ALLOWED: [(&str, &[&str]); 11] = [
+const ALLOWED: [(&str, &[&str]); 12] = [
     ("isthmus-model", &[]),
     ("isthmus-runtime", &[]),
     ("isthmus-api", &["isthmus-model"]),
@@ -18,7 +18,11 @@ const ALLOWED: [(&str, &[&str]); 11] = [
     ("isthmusctl", &["isthmus-api", "isthmus-identity", "isthmus-model"]),
     ("isthmus-e2e", SERVICE),
     ("isthmus-fuzz", &["isthmus-gateway"]),
+    ("isthmus-bench", BENCH),
 ];
+/// What measures or fuzzes may look inside.
+const BENCH: &[&str] =
+    &["isthmus-api", "isthmus-identity", "isthmus-model", "isthmus-runtime", "isthmus-gateway", "isthmus-e2e"];
 const SERVICE: &[&str] = &["isthmus-api", "isthmus-identity", "isthmus-model", "isthmus-runtime"];
 
 /// Library → the only workspace crates that may name it. The end-to-end tests may play any part.

@@ -1,0 +1,112 @@
+//! Our gateways as a system under test: configured as deployed by default, but for what the number of connections asks for.
+
+use anyhow::{Context, bail, ensure};
+use isthmus_gateway::Config;
+use isthmus_model::{ids::ServiceName, sni};
+use serde_json::{Value, json};
+
+use super::{
+    certificates::{cluster, federation, stem},
+    place::{End, Place},
+    process::Process,
+    system::{Ports, Setting, System},
+};
+use crate::node::Spec;
+
+const PORT: u16 = 80;
+
+fn service() -> anyhow::Result<ServiceName> {
+    ServiceName::new("shop", "orders").context("the service's name")
+}
+
+/// The name in every ClientHello; Envoy's passthrough routes by it too.
+pub(super) fn server_name() -> anyhow::Result<String> {
+    let route = sni::Route { service: service()?, port: PORT, cluster: None, selector: None };
+    sni::encode(&route, &federation()?).context("the route has no name")
+}
+
+/// The gateway's configuration for `system`, at `end`.
+fn config(system: System, setting: &Setting, ports: Ports, end: End) -> Value {
+    let entry = ports.entry(&setting.place).port();
+    let mut config = json!({
+        "name": "gateway-1",
+        "stateDir": setting.dir.join(stem(end)),
+        "listen": {
+            "tunnel": ports.tunnel(&setting.place, end),
+            "local": setting.place.local(end),
+            "autoPort": entry,
+            "pinnedPortBase": ports.spare(),
+            "health": ports.admin(&setting.place, end),
+        },
+        "tunnel": { "maxStreamsPerPeer": setting.streams },
+    });
+    if let (Some(transport), Some(tunnel)) =
+        (transport(system), config.get_mut("tunnel").and_then(Value::as_object_mut))
+    {
+        tunnel.insert("transport".to_owned(), transport.into());
+    }
+    config
+}
+
+/// The value of `tunnel.transport`; `None` where the gateway knows no such choice and takes QUIC.
+fn transport(system: System) -> Option<&'static str> {
+    match system {
+        System::OursTcp => Some("tcp"),
+        _ => knows_transports().then_some("quic"),
+    }
+}
+
+/// Does this build of the gateway let one choose the transport?
+pub(super) fn knows_transports() -> bool {
+    let minimal = json!({
+        "name": "gateway-1", "stateDir": "/",
+        "listen": { "tunnel": "127.0.0.1:1", "local": "127.0.0.1", "autoPort": 2, "pinnedPortBase": 3, "health": "127.0.0.1:4" },
+        "tunnel": { "transport": "tcp" },
+    });
+    serde_json::from_value::<Config>(minimal).is_ok()
+}
+
+/// Starts both sides, near first.
+pub(super) fn start(system: System, setting: &Setting, ports: Ports) -> anyhow::Result<[Process; 2]> {
+    let side = |end: End| -> anyhow::Result<Process> {
+        let name = format!("{}-{}", system.name(), stem(end));
+        let spec = Spec {
+            config: config(system, setting, ports, end),
+            cluster: cluster(end)?,
+            federation: federation()?,
+            certificates: setting.certificates.dir().to_owned(),
+            identity: stem(end).to_owned(),
+            members: [End::Near, End::Far]
+                .into_iter()
+                .map(|end| Ok((cluster(end)?, vec![ports.tunnel(&setting.place, end)])))
+                .collect::<anyhow::Result<_>>()?,
+            service: service()?,
+            port: PORT,
+            exporters: vec![cluster(End::Far)?],
+            endpoints: if end == End::Far { vec![setting.server()] } else { Vec::new() },
+        };
+        let path = setting.dir.join(format!("{name}.json"));
+        spec.write(&path)?;
+        let program = std::env::current_exe().context("find this program")?;
+        let mut command = setting.place.command(end, program);
+        command.args(["node", "--spec"]).arg(&path).env("RUST_LOG", "warn");
+        Process::start(&name, command, &setting.dir)
+    };
+    Ok([side(End::Near)?, side(End::Far)?])
+}
+
+/// Its own word for how the tunnels run.
+pub(super) async fn prove(system: System, place: &Place, ports: Ports) -> anyhow::Result<()> {
+    let text = place.http_get(End::Near, ports.admin(place, End::Near), "/debug/tunnels").await?;
+    let tunnels: Value = serde_json::from_str(&text).context("read /debug/tunnels")?;
+    let tunnels = tunnels.as_array().context("/debug/tunnels is no list")?;
+    ensure!(!tunnels.is_empty(), "it has no tunnel");
+    if !knows_transports() {
+        // One transport only; that there are tunnels is all there is to see.
+        return if system == System::OursQuic { Ok(()) } else { bail!("this build has no TCP transport") };
+    }
+    let wanted = if system == System::OursTcp { "tcp" } else { "quic" };
+    let other = tunnels.iter().find(|t| t.get("transport").and_then(Value::as_str) != Some(wanted));
+    ensure!(other.is_none(), "a tunnel is not over {wanted}: {}", other.unwrap_or(&Value::Null));
+    Ok(())
+}

@@ -1,0 +1,52 @@
+//! isthmus-bench: measures Isthmus against what people would use instead, side by side, in one run.
+//!
+//! One module per benchmark ([`gateway`], [`failover`]); [`load`] and [`node`] are processes that they start; [`wan`] is a lossy
+//! link between network namespaces; [`report`] turns measurements into tables, JSON and plots. Nothing here asserts speed: it
+//! measures and says what held.
+
+mod failover;
+mod gateway;
+mod load;
+mod node;
+mod report;
+mod wan;
+
+use clap::Parser;
+
+/// Benchmarks of Isthmus against its rivals.
+#[derive(Debug, Parser)]
+#[command(version, after_help = "Examples:\n  isthmus-bench gateway --quick\n  isthmus-bench failover")]
+enum Args {
+    /// Throughput, latency, new connections and memory of the data path, beside Envoy.
+    Gateway(gateway::Args),
+    /// Faults of gateways and clusters under load, beside Envoy with Istio's defaults.
+    Failover(failover::Args),
+    /// A link with delay and loss between two network namespaces.
+    Wan(wan::Args),
+    /// Puts the last results into docs/benchmarks.md, with plots.
+    Report(report::page::Args),
+    /// One gateway, for the benchmarks' own use.
+    #[command(hide = true)]
+    Node(node::Args),
+    /// The load's client, for the benchmarks' own use.
+    #[command(hide = true)]
+    Client(load::client::Args),
+    /// The load's server, for the benchmarks' own use.
+    #[command(hide = true)]
+    Server(load::server::Args),
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    isthmus_identity::install_crypto();
+    match Args::parse() {
+        Args::Gateway(args) => gateway::run(args).await,
+        Args::Failover(args) => failover::run(args).await,
+        Args::Wan(args) => wan::run(args).await,
+        Args::Report(args) => report::page::run(&args),
+        Args::Node(args) => node::run(&args).await,
+        // These use no runtime: epoll loops on threads of their own.
+        Args::Client(args) => load::client::run(&args),
+        Args::Server(args) => load::server::run(&args),
+    }
+}
