@@ -46,17 +46,27 @@ async fn ten_thousand_connections_arrive_as_sent_over_quic() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_connections_arrive_as_sent_over_tcp() {
+    torture(Transport::Tcp).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn memory_and_files_stay_flat_over_quic() {
     soak(Transport::Quic).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_and_files_stay_flat_over_tcp() {
+    soak(Transport::Tcp).await;
 }
 
 async fn torture(transport: Transport) {
     prepare();
     let seed = from_env("ISTHMUS_SEED").unwrap_or_else(isthmus_runtime::now);
     let connections = from_env("ISTHMUS_CONNECTIONS").unwrap_or(10_000);
-    println!("{transport:?}: {connections} connections, {AT_ONCE} at once; ISTHMUS_SEED={seed} repeats them");
+    println!("{}: {connections} connections, {AT_ONCE} at once; ISTHMUS_SEED={seed} repeats them", transport.word());
     let load = Load::serve().await;
-    let dir = repository().join(format!("target/e2e/gateway-{transport:?}").to_lowercase());
+    let dir = repository().join(format!("target/e2e/gateway-{}", transport.word()));
     let world = World::start(&dir, transport, &["gateway-1"], &load.endpoints).await;
     let auto = world.east().at.auto;
 
@@ -106,9 +116,9 @@ async fn soak(transport: Transport) {
     let lasting = lasting.map_or(Duration::from_secs(30), |text| {
         humantime::parse_duration(&text).unwrap_or_else(|e| panic!("SOAK={text}: {e}; write 10m or 90s"))
     });
-    println!("{transport:?}: soak for {lasting:?}; ISTHMUS_SEED={seed} repeats its stories");
+    println!("{}: soak for {lasting:?}; ISTHMUS_SEED={seed} repeats its stories", transport.word());
     let load = Load::serve().await;
-    let dir = repository().join(format!("target/e2e/soak-{transport:?}").to_lowercase());
+    let dir = repository().join(format!("target/e2e/soak-{}", transport.word()));
     let world = World::start(&dir, transport, &["gateway-1", "gateway-2"], &load.endpoints).await;
     soak::run(world, load, seed, lasting).await;
 }

@@ -21,6 +21,7 @@ use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use crate::{
+    clock,
     core::Core,
     metrics::Direction,
     splice::{Carried, End},
@@ -164,7 +165,7 @@ impl Access {
     /// The first byte came back.
     pub(crate) fn accepted(&mut self) {
         self.outcome = "accepted";
-        self.first_byte = Some(self.began.elapsed());
+        self.first_byte = Some(clock::since(self.began));
     }
 
     /// It was not placed.
@@ -216,7 +217,7 @@ impl Access {
                     bytes_sent = sent,
                     bytes_received = received,
                     first_byte_us = self.first_byte.map(|d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX)),
-                    duration_us = u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX),
+                    duration_us = u64::try_from(clock::since(self.began).as_micros()).unwrap_or(u64::MAX),
                 )
             };
         }

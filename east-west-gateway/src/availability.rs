@@ -9,7 +9,7 @@ use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use isthmus_model::{availability::Availability, global::GlobalService, ids::ClusterName, local::Endpoint};
@@ -21,6 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    clock,
     config::EgressConfig,
     egress::ejection::{Ejections, Failure},
     metrics::Metrics,
@@ -129,7 +130,7 @@ impl LocalPool {
                 () = self.ejected.notified() => continue,
                 () = due => {}
             }
-            let due = self.lock().ejections.due(Instant::now());
+            let due = self.lock().ejections.due(clock::now());
             for some in due.chunks(PROBES) {
                 futures_util::future::join_all(some.iter().map(|a| self.probe_one(*a))).await;
             }
@@ -139,7 +140,7 @@ impl LocalPool {
     async fn probe_one(&self, address: SocketAddr) {
         let answered = matches!(time::timeout(self.connect_timeout, TcpStream::connect(address)).await, Ok(Ok(_)));
         let mut inner = self.lock();
-        if inner.ejections.probed(address, answered, Instant::now()) {
+        if inner.ejections.probed(address, answered, clock::now()) {
             tracing::info!(endpoint = %address, "endpoint answers again");
             self.publish(&inner);
         }
@@ -178,7 +179,7 @@ impl Lease {
     /// The endpoint failed this connection before its first byte.
     pub(crate) fn failed(&self, failure: Failure) {
         let mut inner = self.pool.lock();
-        if inner.ejections.failed(self.address, failure, Instant::now()) {
+        if inner.ejections.failed(self.address, failure, clock::now()) {
             tracing::warn!(endpoint = %self.address, ?failure, "endpoint taken out; it is probed until it answers");
             self.pool.metrics.ejection();
             self.pool.publish(&inner);

@@ -8,7 +8,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use isthmus_identity::svid;
@@ -26,6 +26,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     availability::LocalPool,
+    clock,
     config::Config,
     handover::{shelf::Shelf, steps::Steps},
     ingress::{budget::ReplayBudget, sources::Sources},
@@ -110,7 +111,7 @@ impl Core {
         let closing = CancellationToken::new();
         let slots = |n: usize| Arc::new(Semaphore::new(n));
         let ingress = &config.ingress;
-        let replays = ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, Instant::now());
+        let replays = ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, clock::now());
         Self {
             pool: Arc::new(LocalPool::new(cluster.clone(), &config.egress, metrics.clone())),
             observed: Observed::new(cluster.clone()),
@@ -173,7 +174,7 @@ impl Core {
 
     /// May a connection be placed once more?
     pub(crate) fn may_replay(&self) -> bool {
-        self.replays.lock().unwrap_or_else(PoisonError::into_inner).withdraw(Instant::now())
+        self.replays.lock().unwrap_or_else(PoisonError::into_inner).withdraw(clock::now())
     }
 
     /// Where `port` of `service` may be reached from here; `None` if there is no such service.

@@ -12,6 +12,7 @@
 mod access;
 mod availability;
 mod choose;
+mod clock;
 pub mod config;
 mod core;
 mod debug;

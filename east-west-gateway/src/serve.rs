@@ -395,7 +395,7 @@ impl Starting {
 }
 
 /// Brings the local pool, and what follows from it, up to date with every view.
-async fn keep_own_house(core: Arc<Core>) {
+pub(crate) async fn keep_own_house(core: Arc<Core>) {
     let mut view: watch::Receiver<Arc<View>> = core.view.clone();
     let mut table = core.pool.table();
     view.mark_changed();
@@ -450,7 +450,7 @@ async fn close_rest(core: Arc<Core>, given: Arc<handover::shelf::Given>) {
     }
 }
 
-async fn drain(core: &Core, shutdown: &Shutdown) {
+pub(crate) async fn drain(core: &Core, shutdown: &Shutdown) {
     let drain = &core.config.drain;
     let taken_over = core.steps.taken_over.is_cancelled();
     let deadline = if taken_over { drain.handover_deadline } else { drain.deadline };

@@ -9,7 +9,7 @@ use std::{
     future::Future,
     io::{ErrorKind, IoSlice},
     sync::atomic::{AtomicU64, Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -24,9 +24,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::tunnel::{
-    link::{self, Broken, RecvHalf, SendHalf},
-    stalled::Stalled,
+use crate::{
+    clock,
+    tunnel::{
+        link::{self, Broken, RecvHalf, SendHalf},
+        stalled::Stalled,
+    },
 };
 
 /// How long a peer may take to acknowledge the last bytes during a drain.
@@ -207,8 +210,8 @@ async fn bear<T>(write: impl Future<Output = T>, stalled: Option<&Stalled>) -> O
 
 /// One timer for both, since an idle connection should cost little.
 async fn outlived(idle: Duration, lifetime: Duration, counts: [&AtomicU64; 2]) -> End {
-    let began = Instant::now();
-    let left = || if lifetime.is_zero() { Duration::MAX } else { lifetime.saturating_sub(began.elapsed()) };
+    let began = clock::now();
+    let left = || if lifetime.is_zero() { Duration::MAX } else { lifetime.saturating_sub(clock::since(began)) };
     let total = || counts.iter().map(|c| c.load(Ordering::Relaxed)).fold(0, u64::wrapping_add);
     let mut before = total();
     loop {

@@ -16,7 +16,7 @@ use tokio::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
-    sync::watch,
+    sync::{OwnedSemaphorePermit, watch},
     time::sleep,
 };
 
@@ -72,8 +72,8 @@ enum Stop {
     Wrong,
 }
 
-/// Plays the end `own` on `tcp`. The ClientHello is through; nothing else is.
-pub(crate) async fn play(mut tcp: TcpStream, plan: &Plan, own: Sender) -> Seen {
+/// Plays the end `own` on `tcp`. The ClientHello is through; nothing else is. `opening` is let go with the first byte.
+pub(crate) async fn play(mut tcp: TcpStream, plan: &Plan, own: Sender, opening: Option<OwnedSemaphorePermit>) -> Seen {
     let player = Player {
         plan,
         own,
@@ -85,7 +85,7 @@ pub(crate) async fn play(mut tcp: TcpStream, plan: &Plan, own: Sender) -> Seen {
     let mut sent_hash = digest::Context::new(&digest::SHA256);
     let mut received_hash = digest::Context::new(&digest::SHA256);
     let (read, write) = tcp.split();
-    let outcome = tokio::try_join!(player.read(read, &mut received_hash), player.write(write, &mut sent_hash));
+    let outcome = tokio::try_join!(player.read(read, &mut received_hash, opening), player.write(write, &mut sent_hash));
     let end = match outcome {
         Ok(_) if player.broken.load(Ordering::Relaxed) => End::Reset,
         Ok(_) => End::Clean,
@@ -120,7 +120,12 @@ impl Player<'_> {
         }
     }
 
-    async fn read(&self, mut tcp: ReadHalf<'_>, hash: &mut digest::Context) -> Result<(), Stop> {
+    async fn read(
+        &self,
+        mut tcp: ReadHalf<'_>,
+        hash: &mut digest::Context,
+        mut opening: Option<OwnedSemaphorePermit>,
+    ) -> Result<(), Stop> {
         let (other, sender) = self.other();
         let mut expected = Stream::new(self.plan.id, sender);
         let mut buffer = vec![0; 32 * 1024];
@@ -150,10 +155,14 @@ impl Player<'_> {
                 Ok(n) if !expected.is_next(&buffer[..n]) => return Err(Stop::Wrong),
                 Ok(n) => {
                     received += n as u64;
+                    drop(opening.take());
                     hash.update(&buffer[..n]);
                     self.heard.send_replace((received, false));
                 }
-                Err(error) => return Err(reset(&error)),
+                Err(error) => {
+                    must_be_reset(&error);
+                    return Err(Stop::Reset);
+                }
             }
             if matches!(self.side().reset, Some(Reset::Received(at)) if received >= at) {
                 return Err(Stop::Own);
@@ -219,7 +228,7 @@ impl Player<'_> {
 
     /// The other end takes no more; what it has sent may still be read.
     fn broke(&self, error: &io::Error) -> Result<(), Stop> {
-        drop(reset(error));
+        must_be_reset(error);
         self.broken.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -229,11 +238,10 @@ fn greeting_of(own: Sender, side: &Side) -> u64 {
     if own == Sender::Server { GREETING.min(side.length) } else { 0 }
 }
 
-fn reset(error: &io::Error) -> Stop {
+fn must_be_reset(error: &io::Error) {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected};
     let known = matches!(error.kind(), ConnectionReset | BrokenPipe | ConnectionAborted | NotConnected);
     assert!(known, "an unexpected error of a socket: {error}");
-    Stop::Reset
 }
 
 /// What is wrong with what both ends saw; empty if nothing is. `excused`: a gateway of the server's was killed meanwhile.

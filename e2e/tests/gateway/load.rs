@@ -12,7 +12,7 @@ use isthmus_model::sni;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
-    sync::mpsc,
+    sync::{Semaphore, mpsc},
     time::timeout,
 };
 
@@ -27,10 +27,14 @@ const RANDOM: usize = 5 + 4 + 2;
 /// For one connection, all of it.
 const DEADLINE: Duration = Duration::from_secs(120);
 
+/// Not yet answered at one time: systems keep no more than 1,024 or so waiting for a program that is slow to accept.
+const OPENING: usize = 400;
+
 /// Both ends of all connections.
 pub(crate) struct Load {
     pub(crate) endpoints: Vec<SocketAddr>,
     hello: Vec<u8>,
+    opening: Arc<Semaphore>,
     expected: Mutex<HashMap<u64, Expected>>,
     /// What endpoints saw that nobody had announced.
     strange: Mutex<Vec<String>>,
@@ -49,6 +53,7 @@ impl Load {
         let load = Arc::new(Self {
             endpoints: listeners.iter().map(|l| l.local_addr().unwrap()).collect(),
             hello: hello(),
+            opening: Arc::new(Semaphore::new(OPENING)),
             expected: Mutex::default(),
             strange: Mutex::default(),
         });
@@ -70,9 +75,10 @@ impl Load {
         let (seen, mut servers) = mpsc::channel(8);
         self.expected.lock().unwrap().insert(plan.id, Expected { plan: plan.clone(), seen });
         let outcome = timeout(DEADLINE, async {
+            let opening = self.opening.clone().acquire_owned().await.unwrap();
             let mut tcp = TcpStream::connect(auto).await.map_err(|e| format!("connect to the gateway: {e}"))?;
             tcp.write_all(&self.hello_of(plan.id)).await.map_err(|e| format!("send the hello: {e}"))?;
-            let client = play(tcp, plan, Sender::Client).await;
+            let client = play(tcp, plan, Sender::Client, Some(opening)).await;
             // Whoever plays keeps a sender of its own until its end.
             self.expected.lock().unwrap().remove(&plan.id);
             let mut server = None;
@@ -115,7 +121,7 @@ impl Load {
         let known = self.expected.lock().unwrap().get(&id).map(|e| (e.plan.clone(), e.seen.clone()));
         // One whose client has left already has nobody to tell.
         let Some((plan, seen)) = known else { return };
-        let saw = play(tcp, &plan, Sender::Server).await;
+        let saw = play(tcp, &plan, Sender::Server, None).await;
         drop(seen.try_send(saw));
     }
 }

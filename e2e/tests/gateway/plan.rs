@@ -92,6 +92,8 @@ impl Plan {
         let mut server = Side::draw(r);
         // A gateway accepts with the endpoint's first byte.
         server.length = server.length.max(1);
+        client.reads = Reads::draw(r, server.length);
+        server.reads = Reads::draw(r, client.length);
         let mut order = match r.between(0, 3) {
             0 => Order::ClientFirst,
             1 => Order::ServerFirst,
@@ -133,15 +135,21 @@ impl Side {
             _ => r.between(1_000_000, 3_000_000),
         };
         let write = usize::try_from(r.between(1, 4)).unwrap_or(1).pow(6) * 16;
-        let reads = match r.between(0, 9) {
-            0 => Reads::Slowly(
-                usize::try_from(length / 20).unwrap_or(0).max(200),
-                Duration::from_millis(r.between(1, 20)),
-            ),
-            1 => Reads::AfterSilence(Duration::from_millis(r.between(50, 1_000))),
-            _ => Reads::Fast,
-        };
-        Self { length, write, reads, reset: None }
+        Self { length, write, reads: Reads::Fast, reset: None }
+    }
+}
+
+impl Reads {
+    /// For a stream of `length` bytes; slow is so slow that it takes twenty pauses.
+    fn draw(r: &mut Random, length: u64) -> Self {
+        match r.between(0, 9) {
+            0 => {
+                let most = usize::try_from(length / 20).unwrap_or(0).max(200);
+                Self::Slowly(most, Duration::from_millis(r.between(1, 20)))
+            }
+            1 => Self::AfterSilence(Duration::from_millis(r.between(50, 1_000))),
+            _ => Self::Fast,
+        }
     }
 }
 

@@ -39,6 +39,17 @@ const SOON: Duration = Duration::from_secs(30);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Transport {
     Quic,
+    Tcp,
+}
+
+impl Transport {
+    /// As the configuration and the folders say it.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Quic => "quic",
+            Self::Tcp => "tcp",
+        }
+    }
 }
 
 /// Where a gateway is.
@@ -193,15 +204,11 @@ impl Gateway {
     }
 }
 
-/// A debug build on a busy machine gets time for everything: this is not about speed.
+/// A debug build on a busy machine gets time for everything: this is not about speed. And no slow reader is given up,
+/// as happens when there are too many for a link's window.
 fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json::Value {
     let anywhere = "127.0.0.1:0".to_owned();
     let (tunnel, health) = at.map_or((anywhere.clone(), anywhere), |a| (a.tunnel.to_string(), a.health.to_string()));
-    let tunnel_config = match transport {
-        Transport::Quic => serde_json::json!({
-            "deadAfter": "20s", "idleTimeout": "60s", "handshakeTimeout": "30s", "dialBackoffMax": "500ms",
-        }),
-    };
     serde_json::json!({
         "name": name,
         "stateDir": "/nonexistent",
@@ -209,7 +216,10 @@ fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json
             "tunnel": tunnel, "local": "127.0.0.1", "autoPort": at.map_or(0, |a| a.auto.port()), "pinnedPortBase": 0,
             "health": health,
         },
-        "tunnel": tunnel_config,
+        "tunnel": {
+            "transport": transport.word(), "deadAfter": "20s", "idleTimeout": "60s", "handshakeTimeout": "30s",
+            "dialBackoffMax": "500ms", "connectionWindowBytes": 256 << 20, "tcp": { "userTimeout": "30s", "maxPendingHandshakesPerSource": 1024, "idleTimeout": "5s" },
+        },
         "ingress": {
             "helloTimeout": "30s", "attemptTimeout": "30s", "pinnedTimeout": "30s", "maxPendingHellosPerSource": 4096,
         },

@@ -81,12 +81,12 @@ pub(crate) async fn run(mut world: World, load: Arc<Load>, seed: u64, lasting: D
         "{:>6} {:>12} {:>6} {:>12} {:>6} {:>10}",
         "s", "east RSS KiB", "files", "west RSS KiB", "files", "carried"
     );
-    let every = (lasting.as_secs() / 30).max(1);
+    let every = usize::try_from(lasting.as_secs() / 30).unwrap().max(1);
     while began.elapsed() < lasting {
         tick.tick().await;
         let now = pids.map(look);
         samples.push(now);
-        if samples.len() as u64 % every == 0 {
+        if samples.len().is_multiple_of(every) {
             let [east, west] = now;
             println!(
                 "{:>6} {:>12} {:>6} {:>12} {:>6} {:>10}",

@@ -4,11 +4,7 @@
 //! A refused, closed or silent endpoint costs the next one a try, within one deadline; each failure is remembered by the
 //! pool. Nothing but the ClientHello has been sent when an attempt fails, so trying again is safe.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use isthmus_model::global::GlobalService;
@@ -19,7 +15,7 @@ use tokio::{
 };
 
 use super::ejection::Failure;
-use crate::{availability::Lease, core::Core, splice};
+use crate::{availability::Lease, clock, core::Core, splice};
 
 const FIRST_READ: usize = 16 * 1024;
 
@@ -67,11 +63,11 @@ impl EndpointFailure {
 
 /// The first endpoint that answers the hello.
 pub(crate) async fn first_byte(core: &Arc<Core>, request: Request<'_>) -> Result<Answered, EndpointFailure> {
-    let began = Instant::now();
+    let began = clock::now();
     let mut tried: Vec<SocketAddr> = Vec::new();
     let mut last = EndpointFailure::None;
     while tried.len() < core.config.egress.max_endpoints {
-        let left = request.deadline.saturating_sub(began.elapsed());
+        let left = request.deadline.saturating_sub(clock::since(began));
         if left.is_zero() {
             break;
         }
@@ -105,7 +101,7 @@ async fn attempt(
     deadline: Duration,
     connect: Duration,
 ) -> Result<(TcpStream, Bytes), Failure> {
-    let began = Instant::now();
+    let began = clock::now();
     // Out of time by the caller's deadline says less of the endpoint than out of time by our own.
     let late = if connect <= deadline { Failure::Connect } else { Failure::Silent };
     let connected = time::timeout(connect.min(deadline), TcpStream::connect(address)).await;
@@ -119,7 +115,7 @@ async fn attempt(
             _ => Err(Failure::Closed),
         }
     };
-    let first = time::timeout(deadline.saturating_sub(began.elapsed()), exchange).await;
+    let first = time::timeout(deadline.saturating_sub(clock::since(began)), exchange).await;
     match first {
         Ok(Ok(first)) => Ok((tcp, first)),
         Ok(Err(failure)) => Err(failure),

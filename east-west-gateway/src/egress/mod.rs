@@ -7,10 +7,7 @@
 pub(crate) mod ejection;
 pub(crate) mod endpoint;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Accept, Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
@@ -25,6 +22,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 use self::endpoint::{Answered, EndpointFailure, Request};
 use crate::{
     access::{Access, Route, Source},
+    clock,
     core::Core,
     frame::{self, FrameReader, MAX_HEADER},
     hello::{HelloReader, Progress},
@@ -77,7 +75,7 @@ impl Stream {
     pub(crate) async fn serve(self) {
         let Self { core, tunnel, mut send, recv, carried: token } = self;
         let peer = &tunnel.cluster;
-        let began = Instant::now();
+        let began = clock::now();
         let mut reader = FrameReader::new(recv, MAX_HEADER);
         let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
         access.came_from(Source::Peer { gateway: &tunnel.gateway, id: tunnel.link.leaf() });

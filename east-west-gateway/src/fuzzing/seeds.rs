@@ -5,8 +5,8 @@ use std::{fs, sync::Arc};
 use isthmus_api::proto::{
     common::v1 as common,
     tunnel::v1::{
-        Accept, AvailabilityUpdate, ControlFrame, ControlHello, Goaway, Ping, Reject, RejectReason, StreamHeader,
-        StreamReply, control_frame::Kind, stream_reply,
+        Accept, AvailabilityUpdate, Closing, ControlFrame, ControlHello, Goaway, Offers, Ping, Reject, RejectReason,
+        StreamHeader, StreamReply, TcpPreface, TcpPurpose, control_frame::Kind, stream_reply,
     },
 };
 use prost::Message;
@@ -87,6 +87,7 @@ fn hello() -> Seeds {
         ("post-quantum", input(16_000, &[255, 3, 0], &post_quantum)),
         ("pinned-in-bytes", input(448, &[0], &pinned)),
         ("small-records", input(2_000, &[6, 1], &in_records(&classic, 7))),
+        ("small-records-beyond-the-limit", input(243, &[6, 1], &in_records(&classic, 7))),
         ("large-records", input(16_000, &[40], &in_records(&post_quantum, 500))),
         ("beyond-its-limit", input(300, &[40], &in_records(&post_quantum, 50))),
         ("two-versions", input(16_000, &[7], &both)),
@@ -137,13 +138,16 @@ fn tunnel() -> Seeds {
     let reject = Reject { reason: RejectReason::Draining.into(), retry_elsewhere: true, detail: "drains".to_owned() };
     let accept = bytes(&StreamReply { kind: Some(stream_reply::Kind::Accept(Accept {})) });
     let reject = bytes(&StreamReply { kind: Some(stream_reply::Kind::Reject(reject)) });
+    let preface = TcpPreface { version: 1, link: vec![7; 16], purpose: TcpPurpose::Stream.into() };
     let session = [
         control(Kind::Hello(ControlHello { version: 1, gateway: "gateway-1".to_owned() })),
         update(true, &[("orders", 2), ("cart", 1)], &[]),
         control(Kind::Ping(Ping { sequence: 1, load_permille: 0 })),
-        control(Kind::Pong(Ping { sequence: 7, load_permille: 900 })),
+        control(Kind::Pong(Ping { sequence: 7, load_permille: 250 })),
         update(false, &[("orders", 0)], &["cart"]),
+        control(Kind::Offers(Offers { connections: 8 })),
         control(Kind::Goaway(Goaway { successor: false })),
+        control(Kind::Closing(Closing { code: 0, reason: "drained".to_owned() })),
     ]
     .concat();
     vec![
@@ -152,6 +156,7 @@ fn tunnel() -> Seeds {
         ("accept-and-bytes", input(1, &[0], &[accept, b"first bytes".to_vec()].concat())),
         ("reject", input(1, &[2], &reject)),
         ("control", input(2, &[16, 0, 99], &session)),
+        ("preface", input(3, &[3], &[bytes(&preface), bytes(&header(""))].concat())),
         ("too-long", input(0, &[], &[0xff, 0xff, 0])),
     ]
 }

@@ -1,10 +1,13 @@
 //! The tunnel's frames: how bytes are cut never changes the messages, a frame is as long as its prefix says and no longer
 //! than allowed, what follows a frame is kept, and what passes the checks is within bounds.
 
-use std::fmt::Debug;
+use std::{
+    fmt::Debug,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
-use isthmus_api::proto::tunnel::v1::{ControlFrame, StreamHeader, StreamReply, control_frame::Kind};
+use isthmus_api::proto::tunnel::v1::{ControlFrame, StreamHeader, StreamReply, TcpPreface, control_frame::Kind};
 use prost::Message;
 
 use super::{Cuts, Input};
@@ -12,15 +15,18 @@ use crate::{
     egress,
     frame::{self, Decoder, FrameError, MAX_CONTROL, MAX_HEADER},
     tunnel::{
-        inbox::{MAX_SERVICES, Word},
+        inbox::MAX_SERVICES,
         outbox::Table,
+        session::{Own, Response, Rhythm, Session, Told},
     },
 };
+
+const STEP: Duration = Duration::from_millis(10);
 
 /// Kind of stream, cuts, then the stream's bytes.
 pub fn tunnel(data: &[u8]) {
     let mut input = Input(data);
-    let kind = input.byte() % 3;
+    let kind = input.byte() % 4;
     let cuts = input.cuts();
     let bytes = input.0;
     match kind {
@@ -28,20 +34,38 @@ pub fn tunnel(data: &[u8]) {
             egress::passes(header);
         }),
         1 => drop(messages::<StreamReply>(bytes, cuts, MAX_HEADER)),
-        _ => control(messages::<ControlFrame>(bytes, cuts, MAX_CONTROL)),
+        2 => control(messages::<ControlFrame>(bytes, cuts, MAX_CONTROL)),
+        _ => drop(messages::<TcpPreface>(bytes, cuts, MAX_HEADER)),
     }
 }
 
+/// By the rules of the control stream, ten milliseconds apart.
 fn control(frames: Vec<ControlFrame>) {
     let mut table = Table::new();
+    let mut now = Instant::now();
+    let rhythm = Rhythm { interval: STEP * 10, dead_after: STEP * 40 };
+    let mut session = Session::new(rhythm, now);
+    let own = Table::new();
     for frame in frames {
-        if let Some(Kind::Availability(update)) = frame.kind
-            && let Ok(word) = Word::try_from(update)
-        {
-            word.apply(&mut table, MAX_SERVICES);
+        now += STEP;
+        let Ok((_, wake)) = session.poll(&Own { table: &own, draining: false, succeeded: false, offers: 0 }, now)
+        else {
+            return;
+        };
+        assert!(wake > now, "it would ask again at once, for ever");
+        let Ok(Response { reply, told }) = session.heard(frame.clone(), 0, now) else { return };
+        match (frame.kind, reply) {
+            (Some(Kind::Ping(ping)), Some(Kind::Pong(pong))) => assert_eq!(ping.sequence, pong.sequence),
+            (kind, reply) => assert!(reply.is_none(), "{kind:?} was answered with {reply:?}"),
         }
+        match told {
+            Some(Told::Availability(heard)) => drop(heard.apply(&mut table, MAX_SERVICES)),
+            Some(Told::Closing(reason)) => assert!(reason.chars().count() <= 200),
+            Some(Told::Alive { rtt, .. }) => assert!(rtt <= rhythm.dead_after, "{rtt:?}"),
+            _ => {}
+        }
+        assert!(table.len() <= MAX_SERVICES);
     }
-    assert!(table.len() <= MAX_SERVICES);
 }
 
 /// The messages in `bytes` up to the first error, after all that must hold of them was checked.

@@ -137,6 +137,10 @@ impl HelloReader {
 
     /// Takes bytes of which none lies beyond what is wanted.
     fn step(&mut self, bytes: &[u8]) -> Result<(), BadHello> {
+        // Another record has a header and a byte at least.
+        if self.in_record == 0 && self.raw.len() - self.header.len() + RECORD_HEADER >= self.max {
+            return Err(BadHello::TooLong);
+        }
         self.raw.extend_from_slice(bytes);
         if self.in_record > 0 {
             self.in_record -= bytes.len();

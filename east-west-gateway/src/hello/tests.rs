@@ -161,6 +161,19 @@ fn an_oversized_hello_is_refused_before_it_is_gathered() {
 }
 
 #[test]
+fn not_even_a_record_header_is_held_beyond_the_limit() {
+    let hello = in_records(&tls13(false), 7);
+    for max in 280..hello.len() {
+        for cut in [1, 3, 12, hello.len()] {
+            let mut reader = HelloReader::new(max);
+            let last = hello.chunks(cut).map(|bytes| reader.push(bytes)).last();
+            assert_eq!(last, Some(Progress::Bad(BadHello::TooLong)), "{max}, by {cut}");
+            assert!(reader.raw.len() <= max, "{} bytes are held, {max} allowed, by {cut}", reader.raw.len());
+        }
+    }
+}
+
+#[test]
 fn an_empty_record_and_a_foreign_record_amid_the_hello_are_refused() {
     assert_eq!(read(&[22, 3, 1, 0, 0], MAX), Progress::Bad(BadHello::Malformed));
     let mut hello = in_records(&tls13(false), 50)[..55].to_vec();

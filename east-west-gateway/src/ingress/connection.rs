@@ -4,7 +4,7 @@
 //! port; then the connection is placed ([`super::place`]) and spliced. Whatever cannot be carried is closed at once and
 //! counted by reason.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
 use isthmus_model::sni;
 use tokio::{io::AsyncReadExt, net::TcpStream, sync::OwnedSemaphorePermit, time};
@@ -18,6 +18,7 @@ use super::{
 use crate::{
     access::{Access, Route, Source},
     choose::{Hopeless, Plan},
+    clock,
     core::Core,
     hello::{BadHello, HelloReader, Progress},
     metrics::Direction,
@@ -65,7 +66,7 @@ pub(super) struct Local {
 impl Local {
     /// Serves it to its end. `pending` counts it among those whose hello is still to come.
     pub(super) async fn serve(mut self, pending: (OwnedSemaphorePermit, Share)) {
-        let began = Instant::now();
+        let began = clock::now();
         let core = self.core.clone();
         let mut access = Access::new(Direction::Ingress, core.cluster.clone(), core.cluster.clone(), began);
         access.came_from(Source::Local(self.tcp.peer_addr().ok()));

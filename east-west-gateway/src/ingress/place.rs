@@ -4,11 +4,7 @@
 //! followed by the same hello elsewhere, and the app sees a slower connect instead of an error. The first byte back ends
 //! that. Nothing is read from the client meanwhile; only its leaving is noticed.
 
-use std::{
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
@@ -19,6 +15,7 @@ use crate::{
     access::{Access, Attempt},
     availability::Lease,
     choose::{After, Plan},
+    clock,
     core::Core,
     egress::endpoint::{self, Answered, Request},
     frame::{self, FrameReader, MAX_HEADER},
@@ -134,7 +131,7 @@ const MAX_DETAIL: usize = 200;
 impl Placing<'_> {
     /// Works through `plan`.
     pub(super) async fn place(&self, mut plan: Plan, access: &mut Access) -> Result<Placed, Unplaced> {
-        let began = Instant::now();
+        let began = clock::now();
         let config = &self.core.config.ingress;
         let mut tried: Vec<Tried> = Vec::new();
         let mut last = Unplaced::NoTunnel;
@@ -157,7 +154,7 @@ impl Placing<'_> {
             let left = match self.route.cluster {
                 // Both of a pinned port's attempts must fit into what its client allows for a handshake.
                 Some(_) => {
-                    let left = config.pinned_timeout.saturating_sub(began.elapsed());
+                    let left = config.pinned_timeout.saturating_sub(clock::since(began));
                     left.min(config.pinned_timeout / 2).min(config.attempt_timeout)
                 }
                 None => config.attempt_timeout,
@@ -194,7 +191,7 @@ impl Placing<'_> {
             tried.extend(tunnel.map(|tunnel| Tried { tunnel, refused }));
             match outcome {
                 Ok(placed) => {
-                    self.core.metrics.first_byte(&cluster, began.elapsed());
+                    self.core.metrics.first_byte(&cluster, clock::since(began));
                     access.destined(&cluster, placed.held.gateway(), placed.held.endpoint());
                     return Ok(placed);
                 }

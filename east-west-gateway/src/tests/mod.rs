@@ -10,4 +10,5 @@ mod limits;
 mod links;
 mod relay;
 mod rig;
+mod sim;
 mod traces;

@@ -39,6 +39,10 @@ use crate::{
 pub(super) const SOON: Duration = Duration::from_secs(10);
 const DAY: Duration = Duration::from_secs(86_400);
 
+pub(super) fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
 pub(super) fn local(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }

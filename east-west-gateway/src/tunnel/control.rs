@@ -5,7 +5,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use isthmus_api::proto::tunnel::v1::{Closing, ControlFrame, ControlHello, control_frame::Kind};
@@ -19,6 +19,7 @@ use super::{
     session::{Own, Response, Rhythm, Session, Told},
 };
 use crate::{
+    clock,
     core::Core,
     frame::{self, FrameError, FrameReader, MAX_CONTROL},
 };
@@ -67,7 +68,7 @@ impl Control {
     /// Serves the stream until the link ends or must end; closes it then.
     pub(crate) async fn run(self, core: &Core, tunnel: &Arc<Tunnel>) {
         let rhythm = Rhythm { interval: core.config.tunnel.ping_interval, dead_after: core.config.tunnel.dead_after };
-        let session = Session::new(rhythm, Instant::now());
+        let session = Session::new(rhythm, clock::now());
         let mut running = Running { control: self, core, tunnel, session };
         let ended = tokio::select! {
             ended = running.run() => Some(ended),
@@ -132,7 +133,7 @@ impl Running<'_> {
                 succeeded: self.core.steps.taken_over.is_cancelled(),
                 offers: self.tunnel.link.wishes(self.core.registry.needs_reverse(self.tunnel)),
             };
-            let now = Instant::now();
+            let now = clock::now();
             let (frames, wake) = match self.session.poll(&own, now) {
                 Ok(due) => due,
                 Err(why) => return why.into(),
@@ -167,7 +168,7 @@ impl Running<'_> {
     }
 
     async fn handle(&mut self, frame: ControlFrame) -> Result<(), End> {
-        let Response { reply, told } = self.session.heard(frame, self.core.load_permille(), Instant::now())?;
+        let Response { reply, told } = self.session.heard(frame, self.core.load_permille(), clock::now())?;
         if let Some(reply) = reply {
             self.send(reply).await?;
         }

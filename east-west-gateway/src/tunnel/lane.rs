@@ -5,12 +5,7 @@
 //! in for it: once the new link works the old one takes no new streams, and the running ones finish on it. A lane ends
 //! with its peer.
 
-use std::{
-    future::Future,
-    net::SocketAddr,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use isthmus_runtime::backoff::Backoff;
 use quinn::Endpoint;
@@ -23,7 +18,10 @@ use super::{
     link::{self, Link, quic, tcp},
     registry::{Origin, PeerKey, Steer, Tunnel},
 };
-use crate::core::{Core, expires};
+use crate::{
+    clock,
+    core::{Core, expires},
+};
 
 const BACKOFF_BASE: Duration = Duration::from_millis(100);
 /// What an attempt takes at most where the peer lives: a round trip or two.
@@ -210,9 +208,9 @@ impl Peer {
         let source = self.core.identity.source.clone();
         let left = expires(link).map_or(0, |at| at.0).saturating_sub(isthmus_runtime::now());
         let left = Duration::from_millis(left);
-        let until = Instant::now() + left.saturating_sub(EARLY.min(left / 4));
+        let until = clock::now() + left.saturating_sub(EARLY.min(left / 4));
         async move {
-            while Arc::ptr_eq(&shown, &source.current()) && Instant::now() < until {
+            while Arc::ptr_eq(&shown, &source.current()) && clock::now() < until {
                 time::sleep(WATCH).await;
             }
         }
@@ -220,11 +218,11 @@ impl Peer {
 
     /// Resolves when no QUIC lane has worked for `long`.
     async fn without_quic(&self, long: Duration) {
-        let mut since = Instant::now();
-        while since.elapsed() < long {
+        let mut since = clock::now();
+        while clock::since(since) < long {
             time::sleep(WATCH.min(long / 2)).await;
             if self.core.registry.has_quic(&self.key) {
-                since = Instant::now();
+                since = clock::now();
             }
         }
     }

@@ -27,7 +27,7 @@ use super::{
     outbox::Table,
     stalled::Stalled,
 };
-use crate::{availability::better_of_two, core::Core};
+use crate::{availability::better_of_two, clock, core::Core};
 
 /// One gateway of another cluster.
 pub(crate) type PeerKey = (ClusterName, String);
@@ -85,7 +85,7 @@ impl Tunnel {
             origin,
             load: AtomicU32::new(0),
             stalled,
-            since: Instant::now(),
+            since: clock::now(),
             open: AtomicUsize::new(0),
             rtt_us: AtomicU32::new(rtt),
             suspect: AtomicBool::new(false),

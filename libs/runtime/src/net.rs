@@ -5,7 +5,7 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 
 /// Why an address could not be bound.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +93,18 @@ impl std::fmt::Display for Protocol {
 
 /// Listens on TCP `addr`; port 0 takes a free one. `field` is the configuration field to name in errors.
 pub async fn bind_tcp(addr: SocketAddr, field: &str) -> Result<TcpListener, BindError> {
-    TcpListener::bind(addr).await.map_err(|source| explain(source, Protocol::Tcp, addr, field))
+    listen(addr).map_err(|source| explain(source, Protocol::Tcp, addr, field))
+}
+
+/// Connections that the system completes before the program accepts them. Beyond it, a burst costs clients seconds or
+/// their connection; the system's own maximum may be lower.
+const BACKLOG: u32 = 4_096;
+
+fn listen(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
 }
 
 /// Binds UDP `addr`, non-blocking, as both tokio and quinn want it; port 0 takes a free one.

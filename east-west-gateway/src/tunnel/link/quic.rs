@@ -13,8 +13,8 @@ use isthmus_identity::{
 use isthmus_model::ids::{ClusterName, SpiffeId, TrustDomain};
 use prometheus_client::metrics::counter::Counter;
 use quinn::{
-    ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, MtuDiscoveryConfig, TokioRuntime, TransportConfig,
-    VarInt,
+    AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, MtuDiscoveryConfig, TokioRuntime,
+    TransportConfig, VarInt,
     congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig},
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
@@ -25,7 +25,7 @@ use socket2::SockRef;
 use super::{Fresh, Link, Path, RecvHalf, SendHalf};
 use crate::{
     config::{Congestion, TunnelConfig},
-    handover::socket::SharedSocket,
+    handover::{cids::CidKey, socket::SharedSocket},
 };
 
 /// The protocol's name (ALPN).
@@ -97,13 +97,24 @@ pub(crate) fn endpoint(
     garbage: Counter,
 ) -> Result<Endpoint, EndpointError> {
     grow_buffers(&*socket, config.socket_buffer_bytes);
+    let key = socket.key();
+    endpoint_on(socket, key, config, identity, garbage)
+}
+
+/// The same on anything that sends and receives datagrams; connection IDs are issued under `key`.
+pub(crate) fn endpoint_on(
+    socket: Arc<dyn AsyncUdpSocket>,
+    key: CidKey,
+    config: &TunnelConfig,
+    identity: &Identity,
+    garbage: Counter,
+) -> Result<Endpoint, EndpointError> {
     let auth = ClientAuth::Required(any_gateway(&identity.federation));
     let tls = tls::server_config(&identity.source, &identity.trust, auth, &[ALPN]).map_err(EndpointError::Tls)?;
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     server.transport_config(Arc::new(transport(config)?));
     // Handshakes that were not looked at yet; the rest is refused.
     server.max_incoming(config.max_connections);
-    let key = socket.key();
     let mut endpoint = EndpointConfig::default();
     endpoint
         .max_udp_payload_size(config.mtu.max(DEFAULT_PAYLOAD))

@@ -22,6 +22,7 @@ use super::{
     stream::{self, Connection},
 };
 use crate::{
+    clock,
     core::Core,
     frame,
     tunnel::{
@@ -135,7 +136,7 @@ async fn keep(link: Arc<TcpLink>) {
                 _ = ticks.tick() => {
                     link.misses.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n / 2)).ok();
                     let limit = link.config.idle_timeout;
-                    link.lock().retain(|ready| ready.since.elapsed() < limit && ready.connection.is_quiet());
+                    link.lock().retain(|ready| clock::since(ready.since) < limit && ready.connection.is_quiet());
                 }
                 () = link.closed.cancelled() => return,
             },

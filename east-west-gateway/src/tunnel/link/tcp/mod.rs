@@ -37,7 +37,7 @@ pub(crate) use self::{
     stream::{Receiver, Sender},
 };
 use super::{Broken, RecvHalf, SendHalf};
-use crate::{config::TcpConfig, core::Core, splice, tunnel::Close};
+use crate::{clock, config::TcpConfig, core::Core, splice, tunnel::Close};
 
 /// The protocol's name (ALPN).
 pub(crate) const ALPN: &[u8] = b"isthmus-tcp/1";
@@ -221,7 +221,7 @@ impl TcpLink {
 
     fn take(&self) -> Option<Connection> {
         let mut ready = self.lock();
-        let now = Instant::now();
+        let now = clock::now();
         while let Some(first) = ready.pop_front() {
             if now.duration_since(first.since) < self.config.idle_timeout && first.connection.is_quiet() {
                 drop(ready);
@@ -236,7 +236,7 @@ impl TcpLink {
         let mut ready = self.lock();
         // The peer offers what it was asked for; more than fits is the peer's mistake and dropped.
         if !self.closed.is_cancelled() && ready.len() < self.config.max_warm {
-            ready.push_back(Ready { connection, since: Instant::now() });
+            ready.push_back(Ready { connection, since: clock::now() });
             drop(ready);
             self.arrived.notify_one();
         }
