@@ -5,6 +5,7 @@ SHELL := /bin/bash
 CARGO ?= cargo
 STAY ?=
 WHAT ?=
+QUICK ?=
 
 # Integration tests by file, so that a new one is never forgotten. Always with --workspace: a part alone would be built with
 # other features, that is, twice.
@@ -12,7 +13,7 @@ targets = $(foreach file,$(1),--test $(basename $(notdir $(file))))
 E2E_TESTS := $(wildcard e2e/tests/*.rs)
 UNIT_TESTS := $(filter-out $(E2E_TESTS),$(wildcard */tests/*.rs libs/*/tests/*.rs))
 
-.PHONY: help demo test check lint unit e2e envoy tools build fmt clean
+.PHONY: help demo test check lint unit e2e bench envoy tools build fmt clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -39,6 +40,18 @@ lint: ## Formatting and clippy, warnings denied
 e2e: tools envoy build ## End-to-end tests with real processes (WHAT=name for one suite)
 	@echo "== end-to-end tests"
 	@$(CARGO) test --workspace --locked $(if $(WHAT),--test $(WHAT),$(call targets,$(E2E_TESTS))) -- --nocapture --test-threads=1
+
+bench: ## Measure beside Envoy, release build: WHAT=gateway or failover (QUICK=1: a rough answer in two minutes)
+	@case "$(WHAT)" in gateway|failover) ;; *) \
+	  [ -z "$(WHAT)" ] || echo "There is no benchmark '$(WHAT)'." >&2; \
+	  echo "make bench WHAT=gateway    throughput, latency, new connections, memory, a long path with loss" >&2; \
+	  echo "make bench WHAT=failover   failed requests when gateways and clusters fail" >&2; \
+	  echo "QUICK=1 gives a rough answer in two minutes." >&2; exit 2;; esac
+	@deploy/tools/require.sh cc setpriv ip nft python3 pip
+	@$(MAKE) --no-print-directory envoy
+	@echo "== release build"
+	@CARGO_INCREMENTAL=0 $(CARGO) build --release --workspace --bins --locked
+	@target/release/isthmus-bench $(WHAT) $(if $(QUICK),--quick)
 
 build: ## All programs, debug
 	@echo "== build"

@@ -108,12 +108,8 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
 
 async fn measure_all(args: &Args) -> anyhow::Result<()> {
     let mut samples = Samples::default();
-    let mut systems: Vec<System> =
+    let systems: Vec<System> =
         System::ALL.into_iter().filter(|s| args.systems.is_empty() || args.systems.contains(s)).collect();
-    if !ours::knows_transports() && systems.contains(&System::OursTcp) {
-        systems.retain(|system| *system != System::OursTcp);
-        samples.note("ours-tcp is left out: this build of the gateway has no tunnel.transport");
-    }
     let plan = plan(args, &systems, &mut samples);
     let wanted = |section| args.only.is_empty() || args.only.contains(&section);
     let envoy = envoy::find(isthmus_e2e::federation::repository())?;

@@ -1,7 +1,6 @@
 //! Our gateways as a system under test: configured as deployed by default, but for what the number of connections asks for.
 
-use anyhow::{Context, bail, ensure};
-use isthmus_gateway::Config;
+use anyhow::{Context, ensure};
 use isthmus_model::{ids::ServiceName, sni};
 use serde_json::{Value, json};
 
@@ -28,7 +27,7 @@ pub(super) fn server_name() -> anyhow::Result<String> {
 /// The gateway's configuration for `system`, at `end`.
 fn config(system: System, setting: &Setting, ports: Ports, end: End) -> Value {
     let entry = ports.entry(&setting.place).port();
-    let mut config = json!({
+    json!({
         "name": "gateway-1",
         "stateDir": setting.dir.join(stem(end)),
         "listen": {
@@ -38,32 +37,13 @@ fn config(system: System, setting: &Setting, ports: Ports, end: End) -> Value {
             "pinnedPortBase": ports.spare(),
             "health": ports.admin(&setting.place, end),
         },
-        "tunnel": { "maxStreamsPerPeer": setting.streams },
-    });
-    if let (Some(transport), Some(tunnel)) =
-        (transport(system), config.get_mut("tunnel").and_then(Value::as_object_mut))
-    {
-        tunnel.insert("transport".to_owned(), transport.into());
-    }
-    config
+        "tunnel": { "transport": transport(system), "maxStreamsPerPeer": setting.streams },
+    })
 }
 
-/// The value of `tunnel.transport`; `None` where the gateway knows no such choice and takes QUIC.
-fn transport(system: System) -> Option<&'static str> {
-    match system {
-        System::OursTcp => Some("tcp"),
-        _ => knows_transports().then_some("quic"),
-    }
-}
-
-/// Does this build of the gateway let one choose the transport?
-pub(super) fn knows_transports() -> bool {
-    let minimal = json!({
-        "name": "gateway-1", "stateDir": "/",
-        "listen": { "tunnel": "127.0.0.1:1", "local": "127.0.0.1", "autoPort": 2, "pinnedPortBase": 3, "health": "127.0.0.1:4" },
-        "tunnel": { "transport": "tcp" },
-    });
-    serde_json::from_value::<Config>(minimal).is_ok()
+/// The value of `tunnel.transport`.
+fn transport(system: System) -> &'static str {
+    if system == System::OursTcp { "tcp" } else { "quic" }
 }
 
 /// Starts both sides, near first.
@@ -101,11 +81,7 @@ pub(super) async fn prove(system: System, place: &Place, ports: Ports) -> anyhow
     let tunnels: Value = serde_json::from_str(&text).context("read /debug/tunnels")?;
     let tunnels = tunnels.as_array().context("/debug/tunnels is no list")?;
     ensure!(!tunnels.is_empty(), "it has no tunnel");
-    if !knows_transports() {
-        // One transport only; that there are tunnels is all there is to see.
-        return if system == System::OursQuic { Ok(()) } else { bail!("this build has no TCP transport") };
-    }
-    let wanted = if system == System::OursTcp { "tcp" } else { "quic" };
+    let wanted = transport(system);
     let other = tunnels.iter().find(|t| t.get("transport").and_then(Value::as_str) != Some(wanted));
     ensure!(other.is_none(), "a tunnel is not over {wanted}: {}", other.unwrap_or(&Value::Null));
     Ok(())

@@ -59,7 +59,7 @@ impl Progress {
         self.done += 1;
         let Step { section, what, round, rounds } = step;
         let (width, of) = (self.of.to_string().len(), self.of);
-        print!("{section:<8} {:>width$}/{of}  round {round}/{rounds}  {what:<44} {:<10}", self.done, system.name());
+        print!("{section:<8} {:>width$}/{of}  round {round}/{rounds}  {what:<54} {:<10}", self.done, system.name());
         // Progress that cannot be shown is no reason to stop.
         std::io::stdout().flush().ok();
     }

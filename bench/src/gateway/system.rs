@@ -226,3 +226,25 @@ impl Running {
 pub(super) fn host(ip: IpAddr) -> String {
     ip.to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn no_two_systems_share_a_port() {
+        let place = Place::together(None);
+        let mut seen = BTreeSet::from([SocketAddr::new(place.local(End::Far), SERVER_PORT)]);
+        for system in System::ALL {
+            let ports = Ports::of(system);
+            let tunnels = [End::Near, End::Far].map(|end| ports.tunnel(&place, end));
+            let admins = [End::Near, End::Far].map(|end| ports.admin(&place, end));
+            for address in [ports.entry(&place)].into_iter().chain(tunnels).chain(admins) {
+                assert!(address.port() < ports.spare());
+                assert!(seen.insert(address), "{system:?}: {address} is taken");
+            }
+        }
+    }
+}

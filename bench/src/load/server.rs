@@ -287,3 +287,12 @@ fn write_some(tcp: &mut TcpStream, bytes: &[u8]) -> io::Result<usize> {
     }
     Ok(sent)
 }
+
+/// A server on a free port for as long as the process lives.
+#[cfg(test)]
+pub(super) fn in_background() -> SocketAddr {
+    let shard = Shard::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let address = shard.listener.local_addr().unwrap();
+    std::thread::spawn(move || shard.serve());
+    address
+}

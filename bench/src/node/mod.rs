@@ -97,7 +97,8 @@ impl Spec {
     fn global(&self) -> anyhow::Result<GlobalSnapshot> {
         let clusters = (1..).zip(&self.members).map(|(index, (name, tunnels))| {
             let gateways = (1..).zip(tunnels);
-            let gateways = gateways.map(|(n, tunnel)| GatewayAddress { name: format!("gateway-{n}"), tunnel: *tunnel });
+            let gateways =
+                gateways.map(|(n, tunnel)| GatewayAddress { name: format!("gateway-{n}"), tunnel: Some(*tunnel) });
             let info = ClusterInfo {
                 name: name.clone(),
                 index: ClusterIndex(index),

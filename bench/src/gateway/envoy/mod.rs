@@ -190,3 +190,19 @@ impl Counters {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_counter_is_found_by_its_whole_name_and_a_missing_one_is_an_error() {
+        let text = "cluster.next.upstream_cx_http2_total: 2\ncluster.next.upstream_cx_http2_total_more: 7\n".to_owned();
+        let counters = Counters { end: End::Near, text };
+        assert_eq!(counters.get("cluster.next.upstream_cx_http2_total"), 2);
+        assert!(counters.some("cluster.next.upstream_cx_http2_total").is_ok());
+        let error = counters.some("cluster.next.upstream_cx_http3_total").unwrap_err().to_string();
+        assert!(error.contains("upstream_cx_http3_total"), "{error}");
+        assert!(counters.none("cluster.next.upstream_cx_http2_total").is_err());
+    }
+}

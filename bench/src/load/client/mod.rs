@@ -7,6 +7,8 @@ mod bulk;
 mod connect;
 mod exchange;
 mod shard;
+#[cfg(test)]
+mod tests;
 
 use std::{
     io::{BufRead, Write},
