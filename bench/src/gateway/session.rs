@@ -81,6 +81,7 @@ impl Session {
             let running = Running::start(*system, &session.setting, &mut session.client).await?;
             session.systems.push(running);
         }
+        session.prove().await?;
         Ok(session)
     }
 
@@ -127,7 +128,7 @@ impl Session {
         Ok(())
     }
 
-    /// Fails if a system's traffic went another way than its name says.
+    /// Fails if a system's traffic went another way than its name says, so far.
     pub(super) async fn prove(&self) -> anyhow::Result<()> {
         for running in &self.systems {
             running.prove(&self.setting.place).await?;

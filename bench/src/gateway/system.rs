@@ -200,7 +200,7 @@ impl Running {
     /// Waits until it has done what was left to do; gives up after a while, since some never rest.
     pub(super) async fn rest(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + REST_WITHIN;
-        let pause = Duration::from_millis(100);
+        let pause = Duration::from_millis(60);
         while Instant::now() < deadline {
             let before = self.cpu()?.unwrap_or_default();
             sleep(pause).await;

@@ -227,7 +227,7 @@ impl Conn {
             }
             State::Echo(size) => {
                 let size = *size;
-                if !self.held.is_empty() || bytes.len() % size != 0 {
+                if !self.held.is_empty() || !bytes.len().is_multiple_of(size) {
                     self.held.extend_from_slice(bytes);
                     let whole = self.held.len() - self.held.len() % size;
                     let rest = self.held.split_off(whole);

@@ -143,7 +143,6 @@ pub(super) async fn prove(system: System, place: &Place, ports: Ports) -> anyhow
             near.some(&format!("cluster.{UPSTREAM}.upstream_cx_{version}_total"))?;
             far.some(&format!("http.{HTTP}.downstream_cx_{version}_total"))?;
             far.some(&format!("http.{HTTP}.downstream_cx_ssl_total"))?;
-            near.none(&format!("cluster.{UPSTREAM}.upstream_cx_connect_fail"))?;
             let (streams, carried) =
                 (format!("http.{HTTP}.downstream_rq_2xx"), format!("http.{HTTP}.downstream_rq_total"));
             far.some(&streams)?;
@@ -184,11 +183,6 @@ impl Counters {
         ensure!(self.get(name) > 0, "the {} side's Envoy counts no {name}", stem(self.end));
         Ok(())
     }
-
-    fn none(&self, name: &str) -> anyhow::Result<()> {
-        ensure!(self.get(name) == 0, "the {} side's Envoy counts {name}: {}", stem(self.end), self.get(name));
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -203,6 +197,5 @@ mod tests {
         assert!(counters.some("cluster.next.upstream_cx_http2_total").is_ok());
         let error = counters.some("cluster.next.upstream_cx_http3_total").unwrap_err().to_string();
         assert!(error.contains("upstream_cx_http3_total"), "{error}");
-        assert!(counters.none("cluster.next.upstream_cx_http2_total").is_err());
     }
 }
