@@ -1,16 +1,22 @@
 //! One line of log, and one span, per carried connection.
 //!
-//! The line (target `access`) says which service, from where to where, what was tried, how it ended, how many bytes and
-//! how long. Failures of what named a service are INFO, the rest is DEBUG but for a configured sample. The span joins the
+//! The line (target `access`) says which service, from where to where, what was tried and why it failed, how it ended, how
+//! many bytes and how long. In JSON, `tried` is an array of objects. Failures of what named a service are INFO, the rest is DEBUG but for a configured sample. The span joins the
 //! trace that the near gateway began, by the W3C traceparent in the stream's header.
 
-use std::time::{Duration, Instant};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
+use isthmus_identity::tls;
 use isthmus_model::ids::{ClusterName, ServiceName};
 use opentelemetry::{
     Context,
     trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState},
 };
+use rustls::pki_types::CertificateDer;
+use serde::Serialize;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
@@ -19,6 +25,7 @@ use crate::{
     core::Core,
     metrics::Direction,
     splice::{Carried, End},
+    tunnel::registry::Tunnel,
 };
 
 /// What a connection is for.
@@ -28,6 +35,34 @@ pub(crate) struct Route {
     pub(crate) port: u16,
 }
 
+/// Where a connection came from, beyond its cluster.
+pub(crate) enum Source<'a> {
+    /// A local sidecar: its address. Who it is, is between the two workloads.
+    Local(Option<SocketAddr>),
+    /// A gateway of another cluster: its name, and its certificate as verified.
+    Peer { gateway: &'a str, id: Option<CertificateDer<'static>> },
+}
+
+/// One attempt to place a connection.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Attempt {
+    pub(crate) cluster: ClusterName,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gateway: Option<String>,
+    pub(crate) outcome: &'static str,
+    /// The far gateway's words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) detail: Option<String>,
+}
+
+impl Attempt {
+    /// One at `cluster`, through `tunnel`, that ended so.
+    pub(crate) fn new(cluster: &ClusterName, tunnel: Option<&Tunnel>, outcome: &'static str) -> Self {
+        let gateway = tunnel.map(|tunnel| tunnel.gateway.clone());
+        Self { cluster: cluster.clone(), gateway, outcome, detail: None }
+    }
+}
+
 /// Gathers what the line will say.
 #[derive(Debug)]
 pub(crate) struct Access {
@@ -35,8 +70,14 @@ pub(crate) struct Access {
     source: ClusterName,
     destination: ClusterName,
     route: Option<Route>,
-    tried: Vec<(ClusterName, &'static str)>,
+    client: Option<SocketAddr>,
+    source_gateway: Option<String>,
+    source_id: Option<String>,
+    destination_gateway: Option<String>,
+    endpoint: Option<SocketAddr>,
+    tried: Vec<Attempt>,
     outcome: &'static str,
+    detail: Option<&'static str>,
     began: Instant,
     first_byte: Option<Duration>,
     span: Span,
@@ -58,11 +99,28 @@ impl Access {
             source,
             destination,
             route: None,
+            client: None,
+            source_gateway: None,
+            source_id: None,
+            destination_gateway: None,
+            endpoint: None,
             tried: Vec::new(),
             outcome: "none",
+            detail: None,
             began,
             first_byte: None,
             span,
+        }
+    }
+
+    /// Who opened it.
+    pub(crate) fn came_from(&mut self, source: Source<'_>) {
+        match source {
+            Source::Local(client) => self.client = client,
+            Source::Peer { gateway, id } => {
+                self.source_gateway = Some(gateway.to_owned());
+                self.source_id = id.and_then(|leaf| tls::peer_id(Some(&[leaf]))).map(|id| id.to_string());
+            }
         }
     }
 
@@ -92,14 +150,16 @@ impl Access {
     }
 
     /// One attempt ended so.
-    pub(crate) fn tried(&mut self, cluster: &ClusterName, outcome: &'static str) {
-        self.tried.push((cluster.clone(), outcome));
-        self.outcome = outcome;
+    pub(crate) fn tried(&mut self, attempt: Attempt) {
+        self.outcome = attempt.outcome;
+        self.tried.push(attempt);
     }
 
-    /// It goes there.
-    pub(crate) fn destined(&mut self, cluster: &ClusterName) {
+    /// It goes there: to another gateway, or to an endpoint.
+    pub(crate) fn destined(&mut self, cluster: &ClusterName, gateway: Option<&str>, endpoint: Option<SocketAddr>) {
         self.destination = cluster.clone();
+        self.destination_gateway = gateway.map(str::to_owned);
+        self.endpoint = endpoint;
     }
 
     /// The first byte came back.
@@ -113,6 +173,11 @@ impl Access {
         self.outcome = why;
     }
 
+    /// More of why.
+    pub(crate) fn because(&mut self, detail: &'static str) {
+        self.detail = Some(detail);
+    }
+
     /// Counts, and writes the line.
     pub(crate) fn finish(self, core: &Core, carried: Option<Carried>) {
         let (sent, received, end) = carried.map_or((0, 0, None), |c| (c.out, c.back, Some(c.end)));
@@ -120,6 +185,13 @@ impl Access {
         self.span.record("outcome", self.outcome);
         self.span.record("destination.cluster", tracing::field::display(&self.destination));
         let well = self.outcome == "accepted" && matches!(end, Some(End::Finished));
+        let own = Some(core.config.name.as_str());
+        let (source_gateway, destination_gateway) = match self.direction {
+            Direction::Ingress => (own, self.destination_gateway.as_deref()),
+            Direction::Egress => (self.source_gateway.as_deref(), own),
+        };
+        // Serializing strings and fixed words does not fail.
+        let tried = serde_json::to_string(&self.tried).unwrap_or_default();
         let sampled = rand::random_range(0..100) < core.config.access_log.sample_percent;
         // The level of an event is fixed where it is written: hence one macro, twice expanded.
         macro_rules! line {
@@ -131,9 +203,16 @@ impl Access {
                     service = self.route.as_ref().map(|r| r.service.to_string()),
                     port = self.route.as_ref().map(|r| r.port),
                     source = %self.source,
+                    source_gateway,
+                    source_id = self.source_id.as_deref(),
+                    client = self.client.map(|a| a.to_string()),
                     destination = %self.destination,
-                    tried = ?self.tried,
+                    destination_gateway,
+                    endpoint = self.endpoint.map(|a| a.to_string()),
+                    // By this ending the log's JSON has a value here, not a string.
+                    tried.json = tried,
                     outcome = self.outcome,
+                    detail = self.detail,
                     end = end.map(End::label),
                     bytes_sent = sent,
                     bytes_received = received,

@@ -45,6 +45,9 @@ pub struct Config {
     /// Streams from peers to local endpoints.
     #[serde(default)]
     pub egress: EgressConfig,
+    /// When nothing new is taken.
+    #[serde(default)]
+    pub overload: OverloadConfig,
     /// What happens on SIGTERM.
     #[serde(default)]
     pub drain: DrainConfig,
@@ -240,6 +243,9 @@ pub struct IngressConfig {
     /// A carried connection without a byte either way for so long is reset.
     #[serde(with = "humantime_serde")]
     pub idle_timeout: Duration,
+    /// A carried connection is reset when it is so old, however busy it is; 0s: never.
+    #[serde(with = "humantime_serde")]
+    pub max_lifetime: Duration,
     /// Replays allowed as a share of new connections, in percent.
     pub replay_percent: u32,
     /// Replays always allowed, per second.
@@ -258,6 +264,7 @@ impl Default for IngressConfig {
             max_pending_hellos: 4_096,
             max_pending_hellos_per_source: 256,
             idle_timeout: Duration::from_secs(3_600),
+            max_lifetime: Duration::ZERO,
             replay_percent: 20,
             replay_floor_per_second: 50,
         }
@@ -295,6 +302,23 @@ impl Default for EgressConfig {
     }
 }
 
+/// Beyond which use of memory and processors new connections and streams are turned away; running ones go on.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct OverloadConfig {
+    /// Resident memory in bytes; if absent, 85 % of the machine's or of the cgroup's limit.
+    pub max_memory_bytes: Option<u64>,
+    /// What a task that is ready to run may wait, smoothed, for longer than a second.
+    #[serde(with = "humantime_serde")]
+    pub max_scheduling_delay: Duration,
+}
+
+impl Default for OverloadConfig {
+    fn default() -> Self {
+        Self { max_memory_bytes: None, max_scheduling_delay: Duration::from_millis(100) }
+    }
+}
+
 /// The two steps of a drain.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
@@ -305,11 +329,18 @@ pub struct DrainConfig {
     /// Running connections may go on for so long, counted from the signal.
     #[serde(with = "humantime_serde")]
     pub deadline: Duration,
+    /// The same when a successor has taken over: nobody waits for this gateway's end, so they may take their time.
+    #[serde(with = "humantime_serde")]
+    pub handover_deadline: Duration,
 }
 
 impl Default for DrainConfig {
     fn default() -> Self {
-        Self { accept_for: Duration::from_secs(1), deadline: Duration::from_secs(10) }
+        Self {
+            accept_for: Duration::from_secs(1),
+            deadline: Duration::from_secs(10),
+            handover_deadline: Duration::from_secs(600),
+        }
     }
 }
 
@@ -391,6 +422,22 @@ impl Validate for Config {
             "ingress.pinnedTimeout",
             "must not be shorter than ingress.attemptTimeout".to_owned(),
         );
+        check(
+            i.max_lifetime.is_zero() || i.max_lifetime >= Duration::from_secs(1),
+            "ingress.maxLifetime",
+            "use 1s or more, or 0s for no limit".to_owned(),
+        );
+        let o = &self.overload;
+        check(
+            o.max_memory_bytes.is_none_or(|bytes| bytes >= 64 << 20),
+            "overload.maxMemoryBytes",
+            "use 67108864 (64 MiB) or more; an idle gateway takes some 20 MiB".to_owned(),
+        );
+        check(
+            o.max_scheduling_delay >= Duration::from_millis(10),
+            "overload.maxSchedulingDelay",
+            "use 10ms or more: timers are late by a few".to_owned(),
+        );
         let e = &self.egress;
         check(
             !e.ejection_base.is_zero() && e.ejection_max >= e.ejection_base,
@@ -409,11 +456,11 @@ impl Validate for Config {
         ] {
             check((1..=1_000_000).contains(&value), field, "use 1 to 1000000".to_owned());
         }
-        check(
-            self.drain.deadline >= self.drain.accept_for,
-            "drain.deadline",
-            "must not be shorter than drain.acceptFor".to_owned(),
-        );
+        for (field, deadline) in
+            [("drain.deadline", self.drain.deadline), ("drain.handoverDeadline", self.drain.handover_deadline)]
+        {
+            check(deadline >= self.drain.accept_for, field, "must not be shorter than drain.acceptFor".to_owned());
+        }
         check(self.access_log.sample_percent <= 100, "accessLog.samplePercent", "use 0 to 100".to_owned());
     }
 }

@@ -28,9 +28,11 @@ use crate::{
     availability::LocalPool,
     clock,
     config::Config,
+    handover::{shelf::Shelf, steps::Steps},
     ingress::{budget::ReplayBudget, sources::Sources},
     metrics::Metrics,
     observed::Observed,
+    overload::{Overload, Why},
     standing::Standing,
     tunnel::{
         accept::Inbound,
@@ -54,6 +56,8 @@ pub(crate) struct Core {
     pub(crate) inbound: Inbound,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: Tasks,
+    /// Whether anything new is taken.
+    pub(crate) overload: Overload,
     /// What the agent is told of this gateway.
     pub(crate) standing: Standing,
     /// Links that peers have dialled over TCP.
@@ -74,10 +78,16 @@ pub(crate) struct Core {
     pub(crate) draining: CancellationToken,
     /// Step two: no new connection or stream.
     pub(crate) closing: CancellationToken,
+    /// Step two for local sidecars, which a successor's listeners may serve before.
+    pub(crate) doors: CancellationToken,
     /// Step three: everything ends.
     pub(crate) stop: CancellationToken,
     /// Connections being carried; a drain waits for them.
     pub(crate) carried: TaskTracker,
+    /// What a handover adds to that.
+    pub(crate) steps: Steps,
+    /// What a successor is given.
+    pub(crate) shelf: Shelf,
     replays: Mutex<ReplayBudget>,
     ids: AtomicU64,
 }
@@ -90,12 +100,15 @@ pub(crate) struct Parts {
     pub(crate) view: watch::Receiver<Arc<View>>,
     pub(crate) metrics: Metrics,
     pub(crate) tasks: Tasks,
+    pub(crate) steps: Steps,
+    pub(crate) shelf: Shelf,
 }
 
 impl Core {
     /// A core at rest.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { config, cluster, identity, view, metrics, tasks } = parts;
+        let Parts { config, cluster, identity, view, metrics, tasks, steps, shelf } = parts;
+        let closing = CancellationToken::new();
         let slots = |n: usize| Arc::new(Semaphore::new(n));
         let ingress = &config.ingress;
         let replays = ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, clock::now());
@@ -103,6 +116,7 @@ impl Core {
             pool: Arc::new(LocalPool::new(cluster.clone(), &config.egress, metrics.clone())),
             observed: Observed::new(cluster.clone()),
             registry: Registry::default(),
+            overload: Overload::default(),
             standing: Standing::new(metrics.clone()),
             inbound: Inbound::default(),
             tcp_links: tcp::Links::default(),
@@ -113,7 +127,8 @@ impl Core {
             hello_slots: slots(ingress.max_pending_hellos),
             hello_sources: Arc::new(Sources::new(ingress.max_pending_hellos_per_source)),
             draining: CancellationToken::new(),
-            closing: CancellationToken::new(),
+            doors: closing.child_token(),
+            closing,
             stop: CancellationToken::new(),
             carried: TaskTracker::new(),
             replays: Mutex::new(replays),
@@ -124,6 +139,8 @@ impl Core {
             view,
             metrics,
             tasks,
+            steps,
+            shelf,
         }
     }
 
@@ -135,6 +152,14 @@ impl Core {
     /// Brings what is known of a remote cluster up to date.
     pub(crate) fn refresh(&self, cluster: &ClusterName) {
         self.observed.refresh(cluster, &self.current_view(), || self.registry.evidence(cluster));
+    }
+
+    /// Resolves when this gateway serves, with true; or when it stops before.
+    pub(crate) async fn opened(&self) -> bool {
+        tokio::select! {
+            () = self.steps.open.cancelled() => true,
+            () = self.stop.cancelled() => false,
+        }
     }
 
     /// A number that no other call gets.
@@ -167,8 +192,16 @@ impl Core {
         self.observed.touch();
     }
 
-    /// How full this gateway is, in permille of the streams that it takes from peers.
+    /// May one more connection or stream be carried? The one decision; limits on their number are counted elsewhere.
+    pub(crate) fn admit(&self) -> Result<(), Why> {
+        self.overload.admit(self.metrics.carried_now())
+    }
+
+    /// How full this gateway is, in permille of the streams that it takes from peers; all of it while it takes none.
     pub(crate) fn load_permille(&self) -> u32 {
+        if self.admit().is_err() {
+            return 1_000;
+        }
         let max = self.config.egress.max_streams.max(1);
         let used = max.saturating_sub(self.stream_slots.available_permits());
         u32::try_from(used.saturating_mul(1_000) / max).unwrap_or(u32::MAX)

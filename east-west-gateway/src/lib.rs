@@ -5,7 +5,8 @@
 //! gateway over there, which hands them to an endpoint ([`egress`]). Until the endpoint's first byte comes back the
 //! ClientHello can be replayed elsewhere. [`availability`] knows the own endpoints, [`feed`] the agent.
 //!
-//! [`build`] binds, [`Bound::run`] serves; main and tests use both. Deliberately absent: workload keys, plaintext, and any
+//! [`build`] binds, [`Bound::run`] serves; main and tests use both. [`take_over`] binds, too, but first asks a running
+//! gateway for its sockets ([`handover`]). Deliberately absent: workload keys, plaintext, and any
 //! decision about order or policy, which is `isthmus_model`'s.
 
 mod access;
@@ -21,10 +22,12 @@ mod frame;
 #[cfg(any(test, feature = "fuzzing"))]
 #[doc(hidden)]
 pub mod fuzzing;
+mod handover;
 mod hello;
 mod ingress;
 mod metrics;
 mod observed;
+mod overload;
 mod serve;
 mod splice;
 mod standing;
@@ -39,7 +42,8 @@ pub use crate::{
     config::Config,
     debug::Inspector,
     feed::{Feed, Given},
-    serve::{Bound, BuildError, RunError, build},
+    handover::successor::TakeOverError,
+    serve::{Bound, BuildError, RunError, build, take_over},
     tunnel::registry::TunnelInfo,
     view::View,
 };

@@ -4,13 +4,14 @@ use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Context as _;
 use clap::Parser;
-use isthmus_gateway::{Config, Feed, build};
+use isthmus_gateway::{Config, Feed, build, take_over};
 use isthmus_runtime::{config, telemetry};
 
 const EXAMPLES: &str = "\
 Examples:
   isthmus-gateway --config gateway-1.yaml
   isthmus-gateway --config gateway-1.yaml --check-config
+  isthmus-gateway --config gateway-1.yaml --take-over     # upgrade: the one that runs hands over and ends by itself
   ISTHMUS_GATEWAY__TUNNEL__MTU=6400 isthmus-gateway --config gateway-1.yaml
 
 A minimal configuration:
@@ -34,6 +35,10 @@ struct Arguments {
     /// Read and check the configuration, say what is wrong with it, and exit.
     #[arg(long)]
     check_config: bool,
+    /// Take over from the gateway that runs with the same stateDir: it gives its sockets, and once this one serves it
+    /// finishes its connections and ends. No connection is refused or cut. With none running, just start.
+    #[arg(long)]
+    take_over: bool,
 }
 
 #[tokio::main]
@@ -56,7 +61,9 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
         return Ok(());
     }
     let telemetry = telemetry::init("isthmus-gateway", &config.name, &config.telemetry)?;
-    let bound = build(config, Feed::Agent).await.context("start the gateway")?;
+    let bound =
+        if arguments.take_over { take_over(config, Feed::Agent).await } else { build(config, Feed::Agent).await };
+    let bound = bound.context("start the gateway")?;
     let outcome = bound.run_until_signal().await;
     telemetry.shutdown();
     Ok(outcome?)

@@ -1,6 +1,12 @@
 //! What the gateway counts. Every label has a bounded set of values: fixed words, or clusters of the federation.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use isthmus_model::{
     ids::{ClusterName, Stamp},
@@ -13,11 +19,16 @@ use prometheus_client::{
 
 use isthmus_runtime::health::Registry;
 
-use crate::tunnel::registry::Tunnel;
+use crate::{overload::Why, tunnel::registry::Tunnel};
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
     reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ResourceLabel {
+    resource: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -85,6 +96,9 @@ pub(crate) struct Metrics {
     svid_expiry: Gauge,
     feed_connected: Gauge,
     feed_problems: Family<ReasonLabel, Counter>,
+    carried_now: Arc<AtomicUsize>,
+    overloaded: Family<ResourceLabel, Gauge>,
+    scheduling_delay: Gauge<f64, AtomicU64>,
 }
 
 fn rtt_histogram() -> Histogram {
@@ -118,6 +132,9 @@ impl Metrics {
             svid_expiry: Gauge::default(),
             feed_connected: Gauge::default(),
             feed_problems: Family::default(),
+            carried_now: Arc::default(),
+            overloaded: Family::default(),
+            scheduling_delay: Gauge::default(),
         };
         let m = metrics.clone();
         registry.register("isthmus_gateway_rejects", "Connections, streams and peers turned away", m.rejects);
@@ -154,6 +171,12 @@ impl Metrics {
             m.svid_expiry,
         );
         registry.register("isthmus_gateway_feed_connected", "1 while the agent's feed is connected", m.feed_connected);
+        registry.register("isthmus_gateway_overloaded", "1 while nothing new is taken for want of it", m.overloaded);
+        registry.register(
+            "isthmus_gateway_scheduling_delay_seconds",
+            "What a task waits that is ready to run, smoothed",
+            m.scheduling_delay,
+        );
         registry.register("isthmus_gateway_feed_problems", "What the agent sent and was refused", m.feed_problems);
         metrics
     }
@@ -191,7 +214,29 @@ impl Metrics {
         self.streams.get_or_create(&label).inc();
         let gauge = self.open_streams.get_or_create_owned(&label);
         gauge.inc();
-        StreamGuard { gauge }
+        self.carried_now.fetch_add(1, Ordering::Relaxed);
+        StreamGuard { gauge, carried_now: self.carried_now.clone() }
+    }
+
+    /// How many are carried now, both ways.
+    pub(crate) fn carried_now(&self) -> usize {
+        self.carried_now.load(Ordering::Relaxed)
+    }
+
+    /// Whether nothing new is taken for this reason.
+    pub(crate) fn overloaded(&self, why: Why, is: bool) {
+        self.overloaded.get_or_create(&ResourceLabel { resource: why.label() }).set(i64::from(is));
+    }
+
+    /// What a task waits that is ready to run.
+    pub(crate) fn scheduling_delay(&self, delay: Duration) {
+        self.scheduling_delay.set(delay.as_secs_f64());
+    }
+
+    /// How many were carried.
+    #[cfg(test)]
+    pub(crate) fn carried(&self, direction: Direction) -> u64 {
+        self.streams.get_or_create(&DirectionLabel { direction: direction.label() }).get()
     }
 
     /// A carried connection ended.
@@ -285,10 +330,12 @@ impl Metrics {
 #[derive(Debug)]
 pub(crate) struct StreamGuard {
     gauge: Gauge,
+    carried_now: Arc<AtomicUsize>,
 }
 
 impl Drop for StreamGuard {
     fn drop(&mut self) {
         self.gauge.dec();
+        self.carried_now.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -1,8 +1,10 @@
 //! From a configuration to a running gateway, and its drain.
 //!
-//! Sockets are bound first, so that a taken port is an error at once; health is served before the gateway is enrolled.
+//! Sockets are bound first, or taken over from a running gateway, so that a taken port is an error at once; health is
+//! served before the gateway is enrolled. A gateway that takes over prepares everything and then waits for its
+//! predecessor's word ([`crate::handover`]).
 //! Drain: unready, agent and peers told; after a while no new connection; running ones finish until the deadline; then
-//! all is reset.
+//! all is reset. When a successor serves, the same without a word to the agent, and with more time.
 
 use std::{
     future::Future,
@@ -17,7 +19,7 @@ use isthmus_runtime::{
     BoxError,
     health::{self, Gate, HealthError, HealthListener, Readiness, Registry},
     net::{self, BindError},
-    tasks::{TaskError, Tasks},
+    tasks::{Shutdown, TaskError, Tasks},
 };
 use tokio::{net::TcpListener, sync::watch, time};
 
@@ -26,8 +28,17 @@ use crate::{
     core::{Core, Parts},
     debug::{self, Inspector},
     feed::{Agent, Feed, Given},
+    handover::{
+        self, predecessor,
+        shelf::{Role, Shelf},
+        socket::SharedSocket,
+        steps::Steps,
+        successor::{Successor, TakeOverError},
+    },
     ingress,
     metrics::Metrics,
+    overload::sample,
+    standing::Part,
     tunnel::{
         accept,
         link::{
@@ -43,6 +54,9 @@ use crate::{
 const FAREWELL: Duration = Duration::from_secs(1);
 /// On top of the drain's deadline, before tasks are aborted.
 const MARGIN: Duration = Duration::from_secs(3);
+/// For a successor to reach each of its peers before it takes over; those that do not answer must not hold it up.
+const REACH_PEERS: Duration = Duration::from_secs(5);
+const REACH_CHECK: Duration = Duration::from_millis(20);
 
 /// Why a gateway did not start.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +70,9 @@ pub enum BuildError {
     /// A bound socket does not tell its address.
     #[error("read a bound socket's address")]
     Address(#[source] std::io::Error),
+    /// A gateway runs and could not be taken over.
+    #[error("take over from the running gateway")]
+    TakeOver(#[from] TakeOverError),
 }
 
 /// Why a gateway stopped other than by request.
@@ -75,14 +92,35 @@ pub struct Bound {
     auto_addr: SocketAddr,
     health: HealthListener,
     inspector: Inspector,
+    successor: Option<Successor>,
 }
 
 /// Binds everything that has a fixed address. Pinned ports come and go with the clusters.
 pub async fn build(config: Config, feed: Feed) -> Result<Bound, BuildError> {
-    let health = health::bind(config.listen.health).await?;
-    let (tunnel, tunnel_tcp) = bind_tunnel(config.listen.tunnel).await?;
+    bind(config, feed, None).await
+}
+
+/// The same beside a gateway that runs with the same configuration: it gives its sockets, and goes on serving until
+/// [`Bound::run`] is ready to. Without one, this is [`build`].
+pub async fn take_over(config: Config, feed: Feed) -> Result<Bound, BuildError> {
+    let successor = Successor::ask(&config).await?;
+    bind(config, feed, successor).await
+}
+
+async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> Result<Bound, BuildError> {
+    let given = successor.as_ref().map(|s| s.given.clone()).unwrap_or_default();
+    let health = match given.tcp(&Role::Health, config.listen.health) {
+        Some(listener) => health::adopt(listener)?,
+        None => health::bind(config.listen.health).await?,
+    };
+    let given_tunnel = given.udp(&Role::Tunnel, config.listen.tunnel);
+    successor.iter_mut().for_each(|s| s.shares_tunnel = given_tunnel.is_some());
+    let (tunnel, tunnel_tcp) = bind_tunnel(config.listen.tunnel, given_tunnel, &given).await?;
     let auto = SocketAddr::new(config.listen.local, config.listen.auto_port);
-    let auto = net::bind_tcp(auto, "listen.autoPort").await?;
+    let auto = match given.tcp(&Role::Auto, auto) {
+        Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
+        None => net::bind_tcp(auto, "listen.autoPort").await?,
+    };
     Ok(Bound {
         tunnel_addr: tunnel.local_addr().map_err(BuildError::Address)?,
         auto_addr: auto.local_addr().map_err(BuildError::Address)?,
@@ -93,16 +131,30 @@ pub async fn build(config: Config, feed: Feed) -> Result<Bound, BuildError> {
         auto,
         health,
         inspector: Inspector::default(),
+        successor,
     })
 }
 
-/// The same port for UDP and TCP.
-async fn bind_tunnel(address: SocketAddr) -> Result<(UdpSocket, TcpListener), BuildError> {
+/// The same port for UDP and TCP. What the predecessor gave is used.
+async fn bind_tunnel(
+    address: SocketAddr,
+    given_udp: Option<UdpSocket>,
+    given: &handover::shelf::Given,
+) -> Result<(UdpSocket, TcpListener), BuildError> {
+    let address = match &given_udp {
+        Some(udp) => udp.local_addr().map_err(BuildError::Address)?,
+        None => address,
+    };
+    let mut given_udp = given_udp;
+    let mut given_tcp = given.tcp(&Role::TunnelTcp, address);
     let mut tries = 0;
     loop {
-        let tcp = net::bind_tcp(address, "listen.tunnel").await?;
+        let tcp = match given_tcp.take() {
+            Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
+            None => net::bind_tcp(address, "listen.tunnel").await?,
+        };
         let same = tcp.local_addr().map_err(BuildError::Address)?;
-        match net::bind_udp(same, "listen.tunnel") {
+        match given_udp.take().map_or_else(|| net::bind_udp(same, "listen.tunnel"), Ok) {
             Ok(udp) => return Ok((udp, tcp)),
             // A port that the system chose for one may be taken for the other.
             Err(_) if address.port() == 0 && tries < 10 => tries += 1,
@@ -154,7 +206,13 @@ impl Bound {
         let mut registry = Registry::default();
         let metrics = Metrics::register(&mut registry);
         let gates = Gates { enrolled: readiness.gate("enrolment"), listening: readiness.gate("global state") };
-        self.health.serve(&tasks, Arc::new(registry), readiness.clone(), debug::router(self.inspector.clone()));
+        let steps = if self.successor.is_some() { Steps::default() } else { Steps::afresh() };
+        let shelf = Shelf::default();
+        let answers = Health { listener: self.health, registry, shelf: shelf.clone() };
+        tasks.spawn(
+            "health.start",
+            answers.serve(tasks.clone(), readiness.clone(), self.inspector.clone(), steps.clone()),
+        );
         let starting = Starting {
             config: self.config,
             tunnel: self.tunnel,
@@ -167,9 +225,37 @@ impl Bound {
             tasks: tasks.clone(),
             readiness,
             gates,
+            steps,
+            shelf,
+            successor: self.successor,
         };
         tasks.critical("gateway", starting.serve(self.feed));
         tasks
+    }
+}
+
+/// The health server to be.
+struct Health {
+    listener: HealthListener,
+    registry: Registry,
+    shelf: Shelf,
+}
+
+impl Health {
+    /// Serves while this gateway is the one that answers: a probe must not meet a successor that prepares, nor a
+    /// predecessor that finishes.
+    async fn serve(self, tasks: Tasks, readiness: Readiness, inspector: Inspector, steps: Steps) {
+        let shutdown = tasks.shutdown();
+        tokio::select! {
+            () = steps.open.cancelled() => {}
+            () = shutdown.requested() => return,
+        }
+        let shelved = self.shelf.put(Role::Health, &self.listener);
+        let leave = async move {
+            steps.taken_over.cancelled().await;
+            drop(shelved);
+        };
+        self.listener.serve_until(&tasks, Arc::new(self.registry), readiness, debug::router(inspector), leave);
     }
 }
 
@@ -191,6 +277,9 @@ struct Starting {
     tasks: Tasks,
     readiness: Readiness,
     gates: Gates,
+    steps: Steps,
+    shelf: Shelf,
+    successor: Option<Successor>,
 }
 
 impl Starting {
@@ -215,7 +304,12 @@ impl Starting {
         self.gates.enrolled.ready();
         let identity = Identity { source: given.identity, trust: given.trust, federation: given.federation };
         let garbage = self.metrics.reject_counter("quic_garbage");
-        let endpoint = quic::endpoint(self.tunnel, &self.config.tunnel, &identity, garbage)?;
+        let lost = self.metrics.reject_counter("relay_full");
+        let tunnel = match &self.successor {
+            Some(successor) => successor.tunnel(self.tunnel, lost)?,
+            None => SharedSocket::alone(self.tunnel, lost)?,
+        };
+        let endpoint = quic::endpoint(tunnel.clone(), &self.config.tunnel, &identity, garbage)?;
         self.metrics.svid_expiry(identity.source.current().not_after().0);
         let core = Arc::new(Core::new(Parts {
             config: self.config.clone(),
@@ -224,6 +318,8 @@ impl Starting {
             view: given.view,
             metrics: self.metrics,
             tasks: self.tasks.clone(),
+            steps: self.steps,
+            shelf: self.shelf,
         }));
         if let Some(agent) = &agent {
             core.observed.recall(agent.past(&core.metrics));
@@ -231,16 +327,15 @@ impl Starting {
         core.pool.set_view(core.current_view());
         core.observed.refresh_own(&core.pool.table().borrow());
         self.inspector.attach(core.clone());
-        tracing::info!(
-            cluster = %core.cluster, name = core.config.name, tunnel = %self.tunnel_addr, auto = %self.auto_addr,
-            "gateway serves"
-        );
         let tasks = &self.tasks;
         tasks.spawn("tunnel.accept_loop", accept::accept(core.clone(), endpoint.clone()));
         tasks.spawn("tunnel.tcp_accept_loop", tcp::accept::listen(core.clone(), self.tunnel_tcp));
         tasks.spawn("tunnel.peers", peers::manage(core.clone(), endpoint.clone()));
-        tasks.spawn("ingress.listen", ingress::listen(core.clone(), self.auto, self.inspector.listeners()));
+        let given = self.successor.as_ref().map(|s| s.given.clone()).unwrap_or_default();
+        let listen = ingress::listen(core.clone(), self.auto, self.inspector.listeners(), given.clone());
+        tasks.spawn("ingress.listen", listen);
         tasks.spawn("pool.probe", core.pool.clone().probe(core.stop.clone()));
+        tasks.spawn("overload.watch", sample::watch(core.clone()));
         tasks.spawn("pool.view", keep_own_house(core.clone()));
         tasks.spawn("readiness", ready_once_tried(core.clone(), self.gates.listening));
         if let Some(agent) = agent {
@@ -256,10 +351,37 @@ impl Starting {
             tasks.spawn("feed.remember", agent.clone().remember(core.clone()));
             tasks.spawn("feed.renew", agent.renew(core.clone()));
         }
-        shutdown.requested().await;
+        if let Some(successor) = self.successor {
+            tokio::select! {
+                outcome = successor.go(&tunnel, prepared(&core)) => match outcome {
+                    Ok(attendant) => tasks.spawn("handover.attend", attendant.attend(tunnel.clone(), core.steps.clone())),
+                    Err(error) => {
+                        core.stop.cancel();
+                        return Err(error.into());
+                    }
+                },
+                () = shutdown.requested() => {
+                    core.stop.cancel();
+                    return Ok(());
+                }
+            }
+            core.steps.open.cancel();
+            tasks.spawn("handover.rest", close_rest(core.clone(), given));
+        }
+        tasks.spawn("handover.offer", predecessor::serve(core.clone(), tunnel));
+        tracing::info!(
+            cluster = %core.cluster, name = core.config.name, tunnel = %self.tunnel_addr, auto = %self.auto_addr,
+            "gateway serves"
+        );
+        tokio::select! {
+            () = shutdown.requested() => {}
+            () = core.steps.taken_over.cancelled() => {}
+        }
         self.readiness.begin_drain();
-        drain(&core).await;
+        drain(&core, &shutdown).await;
         drop(time::timeout(FAREWELL, endpoint.wait_idle()).await);
+        // For a gateway that was taken over, which nobody asked to stop.
+        shutdown.request();
         Ok(())
     }
 
@@ -305,16 +427,53 @@ async fn ready_once_tried(core: Arc<Core>, gate: Gate) {
     }
 }
 
-pub(crate) async fn drain(core: &Core) {
+/// A successor is ready when its ports are listened on and its peers have been tried: then what is accepted can be carried.
+async fn prepared(core: &Core) {
+    // The sender lives as long as the core does.
+    drop(core.standing.tried().wait_for(|tried| *tried).await);
+    let reached = async {
+        while !(core.standing.has_followed(Part::Peers) && core.registry.all_tried()) {
+            time::sleep(REACH_CHECK).await;
+        }
+    };
+    if time::timeout(REACH_PEERS, reached).await.is_err() {
+        tracing::warn!("not all peers answer; taking over all the same");
+    }
+}
+
+/// What the configuration or the state does not ask for is closed: not before there is a state, which may come later when
+/// the predecessor was lost early.
+async fn close_rest(core: Arc<Core>, given: Arc<handover::shelf::Given>) {
+    tokio::select! {
+        () = prepared(&core) => given.close_rest(),
+        () = core.stop.cancelled() => {}
+    }
+}
+
+pub(crate) async fn drain(core: &Core, shutdown: &Shutdown) {
     let drain = &core.config.drain;
-    tracing::info!(carried = core.carried.len(), deadline = ?drain.deadline, "draining");
+    let taken_over = core.steps.taken_over.is_cancelled();
+    let deadline = if taken_over { drain.handover_deadline } else { drain.deadline };
+    tracing::info!(carried = core.carried.len(), ?deadline, taken_over, "draining");
     core.draining.cancel();
     time::sleep(drain.accept_for).await;
     core.closing.cancel();
     core.carried.close();
-    let left = drain.deadline.saturating_sub(drain.accept_for);
-    if time::timeout(left, core.carried.wait()).await.is_err() {
-        tracing::warn!(carried = core.carried.len(), "drain deadline over; the rest is reset");
+    let over = async {
+        let left = time::sleep(deadline.saturating_sub(drain.accept_for));
+        if taken_over {
+            // Whoever asks now wants it over within the time that this takes otherwise.
+            tokio::select! {
+                () = left => {}
+                () = shutdown.requested() => time::sleep(drain.deadline).await,
+            }
+        } else {
+            left.await;
+        }
+    };
+    tokio::select! {
+        () = core.carried.wait() => {}
+        () = over => tracing::warn!(carried = core.carried.len(), "drain deadline over; the rest is reset"),
     }
     core.stop.cancel();
 }

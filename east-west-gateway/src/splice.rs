@@ -24,9 +24,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::tunnel::{
-    link::{self, Broken, RecvHalf, SendHalf},
-    stalled::Stalled,
+use crate::{
+    clock,
+    tunnel::{
+        link::{self, Broken, RecvHalf, SendHalf},
+        stalled::Stalled,
+    },
 };
 
 /// How long a peer may take to acknowledge the last bytes during a drain.
@@ -58,6 +61,8 @@ pub(crate) enum End {
     Idle,
     /// A slow reader, when there were too many.
     Stalled,
+    /// It was as old as a connection may become.
+    Old,
     /// The gateway's drain was over.
     Forced,
 }
@@ -71,6 +76,7 @@ impl End {
             Self::Far => "far_reset",
             Self::Idle => "idle",
             Self::Stalled => "stalled",
+            Self::Old => "lifetime",
             Self::Forced => "forced",
         }
     }
@@ -92,6 +98,8 @@ pub(crate) struct Carried {
 pub(crate) struct Limits<'a> {
     /// Reset after between one and two times this long without a byte.
     pub(crate) idle: Duration,
+    /// Reset at this age; zero for never.
+    pub(crate) lifetime: Duration,
     /// Slow readers of the same tunnel, of which only so many are borne.
     pub(crate) stalled: Option<&'a Stalled>,
     /// Reset when cancelled.
@@ -125,7 +133,7 @@ pub(crate) async fn splice(mut near: TcpStream, mut far: Far, first: Bytes, limi
             // A side that ends while the drain is being forced has still ended by itself.
             biased;
             done = async { tokio::try_join!(outward, backward) } => done.err().unwrap_or(End::Finished),
-            () = idle(limits.idle, [&out, &back]) => End::Idle,
+            end = outlived(limits.idle, limits.lifetime, [&out, &back]) => end,
             () = limits.force.cancelled() => End::Forced,
         }
     };
@@ -200,14 +208,20 @@ async fn bear<T>(write: impl Future<Output = T>, stalled: Option<&Stalled>) -> O
     }
 }
 
-async fn idle(limit: Duration, counts: [&AtomicU64; 2]) {
+/// One timer for both, since an idle connection should cost little.
+async fn outlived(idle: Duration, lifetime: Duration, counts: [&AtomicU64; 2]) -> End {
+    let began = clock::now();
+    let left = || if lifetime.is_zero() { Duration::MAX } else { lifetime.saturating_sub(clock::since(began)) };
     let total = || counts.iter().map(|c| c.load(Ordering::Relaxed)).fold(0, u64::wrapping_add);
     let mut before = total();
     loop {
-        time::sleep(limit).await;
+        time::sleep(idle.min(left())).await;
+        if left().is_zero() {
+            return End::Old;
+        }
         let now = total();
         if now == before {
-            return;
+            return End::Idle;
         }
         before = now;
     }

@@ -83,6 +83,11 @@ impl Standing {
         }
     }
 
+    /// Whether `part` has followed any state whole.
+    pub(crate) fn has_followed(&self, part: Part) -> bool {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner).contains_key(&part)
+    }
+
     /// Says once more what is in force.
     pub(crate) fn repeat(&self) {
         self.in_force.send_modify(|_| {});

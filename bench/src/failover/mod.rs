@@ -36,7 +36,7 @@ use crate::report::machine::Machine;
 
 /// Options.
 #[derive(Clone, Debug, clap::Args)]
-pub struct Args {
+pub(crate) struct Args {
     /// One round with less patience instead of three
     #[arg(long)]
     pub quick: bool,
@@ -96,7 +96,7 @@ fn rows() -> Vec<(&'static str, Tuning)> {
 }
 
 /// Runs it.
-pub async fn run(args: Args) -> anyhow::Result<()> {
+pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     if !netns::inside() {
         let Some(status) = netns::enter().await? else {
             println!("\nInterrupted; everything is stopped.");

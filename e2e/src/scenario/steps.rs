@@ -78,7 +78,29 @@ pub async fn one_revision(stage: &mut Stage, report: &mut Report) -> anyhow::Res
     );
     report.good(&text);
     report.checked("1", &format!("{consumers} consumers at {} in {} ms", stamp["revision"], took.as_millis()));
-    Ok(())
+    links(stage, report).await
+}
+
+/// Every gateway says of every one of another cluster that it reaches it, and over what.
+async fn links(stage: &Stage, report: &Report) -> anyhow::Result<()> {
+    const GATEWAYS: usize = 2;
+    let wanted = CLUSTERS.len() * GATEWAYS * (CLUSTERS.len() - 1) * GATEWAYS;
+    let deadline = Instant::now() + START_DEADLINE;
+    loop {
+        let status = stage.federation.ctl.json(&["status"]).await?;
+        let links =
+            status["clusters"].as_array().into_iter().flatten().filter_map(|c| c["tunnels"].as_array()).flatten();
+        let up: Vec<_> = links.filter(|l| l["up"] == true).collect();
+        let odd = up.iter().find(|l| l["transport"] != "quic" || l["downgraded"] != false);
+        ensure!(odd.is_none(), "a link does not run over QUIC here, where nothing hinders it: {odd:?}");
+        if up.len() == wanted {
+            report
+                .good(&format!("{wanted} links between gateways are up, all over QUIC, as `isthmusctl status` shows"));
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{} of {wanted} links between gateways are up: {status:#}", up.len());
+        sleep(Duration::from_millis(50)).await;
+    }
 }
 
 /// 2. DNS answers with each cluster's own VIP; NXDOMAIN and NODATA are told apart.

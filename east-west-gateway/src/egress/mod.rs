@@ -21,7 +21,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use self::endpoint::{Answered, EndpointFailure, Request};
 use crate::{
-    access::{Access, Route},
+    access::{Access, Route, Source},
     clock,
     core::Core,
     frame::{self, FrameReader, MAX_HEADER},
@@ -78,24 +78,29 @@ impl Stream {
         let began = clock::now();
         let mut reader = FrameReader::new(recv, MAX_HEADER);
         let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
+        access.came_from(Source::Peer { gateway: &tunnel.gateway, id: tunnel.link.leaf() });
         // Held until the stream has ended.
         let slot = core.stream_slots.clone().try_acquire_owned();
-        let placed = match &slot {
-            Ok(_) => place(&core, peer, &mut reader, &send, &mut access).await,
-            Err(_) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
+        let placed = match (&slot, core.admit()) {
+            // Boxed, as what else is over soon: it takes much more memory than the carrying.
+            (Ok(_), Ok(())) => Box::pin(place(&core, peer, &mut reader, &send, &mut access)).await,
+            (_, Err(why)) => Err(Some(Refusal::new(RejectReason::Overloaded, true, why.detail()))),
+            (Err(_), _) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
         };
         let (mut recv, _) = reader.into_parts();
         match placed {
             Ok(answered) => {
                 let guard = core.metrics.stream(Direction::Egress);
                 access.accepted();
-                if accept(&mut send, answered.first.clone()).await.is_err() {
+                access.destined(&core.cluster, None, Some(answered.lease.address()));
+                if Box::pin(accept(&mut send, answered.first.clone())).await.is_err() {
                     link::reset(&mut send, &mut recv);
                     splice::abort(&answered.tcp);
                     return access.finish(&core, None);
                 }
                 let limits = Limits {
                     idle: core.config.ingress.idle_timeout,
+                    lifetime: core.config.ingress.max_lifetime,
                     // What peers send slowly to us is bounded by the endpoint's own pace, and that is a near side, too.
                     stalled: tunnel.stalled.as_ref(),
                     force: &core.stop,
@@ -115,8 +120,9 @@ impl Stream {
             Err(Some(refusal)) => {
                 core.metrics.reject(label(refusal.reason));
                 access.failed(label(refusal.reason));
+                access.because(refusal.detail);
                 access.finish(&core, None);
-                refuse(&mut send, &mut recv, &refusal).await;
+                Box::pin(refuse(&mut send, &mut recv, &refusal)).await;
             }
         }
         drop((slot, token));

@@ -39,6 +39,8 @@ use crate::{core::Core, metrics::Metrics, standing::Area, view::View};
 const REPORT_SPACING: Duration = Duration::from_millis(50);
 /// Round-trip times change all the time; they go up this often.
 const REPORT_REFRESH: Duration = Duration::from_secs(5);
+/// Between two looks at the state on disk, once the agent feeds a successor. A revocation is to be obeyed within a second.
+const REREAD_SPACING: Duration = Duration::from_millis(250);
 /// Between two saves of what was observed.
 const REMEMBER_SPACING: Duration = Duration::from_secs(1);
 const CALL: Duration = Duration::from_secs(10);
@@ -92,14 +94,18 @@ impl Agent {
     }
 
     /// Keeps for the next run what this one observes, until no new connections are taken: the gateway's own end is no
-    /// evidence against others.
+    /// evidence against others. From a handover on, the successor does.
     pub(crate) async fn remember(self, core: Arc<Core>) {
+        if !core.opened().await {
+            return;
+        }
         let mut version = core.observed.version();
         let mut saved = Observations::default();
         loop {
             let last = tokio::select! {
                 changed = version.changed() => changed.is_err(),
                 () = core.closing.cancelled() => true,
+                () = core.steps.taken_over.cancelled() => return,
             };
             version.mark_unchanged();
             let now = core.observed.history();
@@ -117,8 +123,13 @@ impl Agent {
         }
     }
 
-    /// Follows the agent until the gateway stops.
+    /// Follows the agent until the gateway stops, or until the agent feeds its successor.
     pub(crate) async fn follow(self, core: Arc<Core>, hello: GatewayHello) {
+        // What the predecessor left is enough to take over. Without it, there is nobody to take over from.
+        let begins_with_something = self.inner.view.borrow().global.is_some();
+        if begins_with_something && !core.opened().await {
+            return;
+        }
         let disk = Disk::open(&self.inner.state_dir, &core.tasks, &core.metrics, &core.stop);
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(3));
         loop {
@@ -126,6 +137,11 @@ impl Agent {
             let ended = tokio::select! {
                 ended = self.session(&core, &hello, &disk) => ended,
                 () = core.stop.cancelled() => return,
+                () = core.steps.feed_over.cancelled() => {
+                    core.metrics.feed_connected(false);
+                    tracing::info!("the agent feeds the successor; following what that one keeps on disk");
+                    return self.follow_disk(&core).await;
+                }
             };
             core.metrics.feed_connected(false);
             if let Err(error) = ended {
@@ -150,6 +166,7 @@ impl Agent {
         let call = client.gateway_feed(ReceiverStream::new(outgoing));
         let mut down = time::timeout(CALL, call).await.map_err(|_| SessionError::Timeout)??.into_inner();
         core.metrics.feed_connected(true);
+        core.steps.following.cancel();
         tracing::info!(agent = self.inner.member.record().address, "feed connected");
 
         let mut in_force = core.standing.in_force();
@@ -188,7 +205,10 @@ impl Agent {
                 }
                 () = core.draining.cancelled(), if !told_draining => {
                     told_draining = true;
-                    up.send(Up::Draining(Draining {})).await?;
+                    // A gateway of this name goes on, and the agent knows them by name.
+                    if !core.steps.taken_over.is_cancelled() {
+                        up.send(Up::Draining(Draining {})).await?;
+                    }
                 }
             }
         }
@@ -196,7 +216,7 @@ impl Agent {
 
     fn receive(&self, core: &Core, disk: &Disk, update: GatewayUpdate) {
         let received = match update.kind {
-            Some(Down::Global(message)) => self.global(core, disk, message),
+            Some(Down::Global(message)) => self.global(core, Some(disk), message),
             Some(Down::Endpoints(message)) => {
                 LocalEndpoints::try_from(message.clone()).map_err(Refusal::Invalid).map(|e| {
                     disk.save_endpoints(&message);
@@ -211,7 +231,29 @@ impl Agent {
         }
     }
 
-    fn global(&self, core: &Core, disk: &Disk, message: GlobalMessage) -> Result<(), Refusal> {
+    /// A gateway that was taken over still obeys: a revoked peer must not stay connected to what it finishes.
+    async fn follow_disk(&self, core: &Core) {
+        let mut seen = None;
+        loop {
+            tokio::select! {
+                () = time::sleep(REREAD_SPACING) => {}
+                () = core.stop.cancelled() => return,
+            }
+            let changed = disk::changed(&self.inner.state_dir);
+            if changed == seen {
+                continue;
+            }
+            seen = changed;
+            // Half a file is never seen: it is replaced as a whole. What is older than what is held is refused, as always.
+            if let Some(message) = disk::load_global(self.inner.state_dir.clone(), core.metrics.clone()).await
+                && let Err(refusal) = self.global(core, None, message)
+            {
+                tracing::debug!(error = %refusal, "the state on disk is not applied");
+            }
+        }
+    }
+
+    fn global(&self, core: &Core, disk: Option<&Disk>, message: GlobalMessage) -> Result<(), Refusal> {
         let mut next = GlobalSnapshot::try_from(message.clone()).map_err(Refusal::Invalid)?;
         if next.federation != *self.inner.member.record().federation() {
             return Err(Refusal::OtherFederation);
@@ -236,7 +278,9 @@ impl Agent {
             }
         }
         self.trust(core, &next);
-        disk.save_global(&if forced.is_empty() { message } else { (&next).into() });
+        if let Some(disk) = disk {
+            disk.save_global(&if forced.is_empty() { message } else { (&next).into() });
+        }
         self.publish(|view| view.global = Some(Arc::new(next)));
         Ok(())
     }
@@ -250,8 +294,11 @@ impl Agent {
         }
     }
 
-    /// Renews the certificate whenever it is time, until the gateway stops.
+    /// Renews the certificate whenever it is time, until the gateway stops or is taken over.
     pub(crate) async fn renew(self, core: Arc<Core>) {
+        if !core.opened().await {
+            return;
+        }
         let renewed = |outcome: Result<&Svid, &EnrolError>| {
             if let Ok(svid) = outcome {
                 core.metrics.svid_expiry(svid.not_after().0);
@@ -260,6 +307,8 @@ impl Agent {
         tokio::select! {
             () = self.inner.member.clone().keep_fresh(renewed) => {}
             () = core.stop.cancelled() => {}
+            // The certificate in the state directory is the successor's to renew.
+            () = core.steps.taken_over.cancelled() => {}
         }
     }
 

@@ -4,7 +4,12 @@
 //! no hold-down. Saving happens behind the data path; the newest state wins.
 //! A damaged file is reported and passed over: the agent will send the state again.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use isthmus_api::proto::{common::v1::GlobalSnapshot as GlobalMessage, local::v1::LocalEndpoints as EndpointsMessage};
 use isthmus_model::{availability::Observations, global::GlobalSnapshot, local::LocalEndpoints};
@@ -56,6 +61,23 @@ pub(super) fn load(dir: &Path, metrics: &Metrics) -> View {
         global: read::<GlobalMessage, GlobalSnapshot>(&global, metrics).map(Arc::new),
         endpoints: read::<EndpointsMessage, LocalEndpoints>(&endpoints, metrics).map(Arc::new).unwrap_or_default(),
     }
+}
+
+/// The global state that was saved last, if it is readable.
+pub(super) async fn load_global(dir: PathBuf, metrics: Metrics) -> Option<GlobalMessage> {
+    let load = move || {
+        let [global, _] = files(&dir);
+        let message = GlobalMessage::decode(global.load().ok()??.as_slice());
+        message.inspect_err(|_| metrics.feed_problem("disk_read")).ok()
+    };
+    tokio::task::spawn_blocking(load).await.ok()?
+}
+
+/// Something that moves whenever the global state is saved.
+pub(super) fn changed(dir: &Path) -> Option<(SystemTime, u64)> {
+    let [global, _] = files(dir);
+    let metadata = std::fs::metadata(global.path()).ok()?;
+    Some((metadata.modified().ok()?, metadata.ino()))
 }
 
 /// What was observed, as it was saved last. Without it, the gateway begins as a new one would.

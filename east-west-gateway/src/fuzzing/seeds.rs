@@ -149,7 +149,7 @@ fn tunnel() -> Seeds {
         control(Kind::Pong(Ping { sequence: 7, load_permille: 250 })),
         update(false, &[("orders", 0)], &["cart"]),
         control(Kind::Offers(Offers { connections: 8 })),
-        control(Kind::Goaway(Goaway {})),
+        control(Kind::Goaway(Goaway { successor: false })),
         control(Kind::Closing(Closing { code: 0, reason: "drained".to_owned() })),
     ]
     .concat();

@@ -48,7 +48,10 @@ fn control(frames: Vec<ControlFrame>) {
     let own = Table::new();
     for frame in frames {
         now += STEP;
-        let Ok((_, wake)) = session.poll(&Own { table: &own, draining: false, offers: 0 }, now) else { return };
+        let Ok((_, wake)) = session.poll(&Own { table: &own, draining: false, succeeded: false, offers: 0 }, now)
+        else {
+            return;
+        };
         assert!(wake > now, "it would ask again at once, for ever");
         let Ok(Response { reply, told }) = session.heard(frame.clone(), 0, now) else { return };
         match (frame.kind, reply) {

@@ -16,7 +16,7 @@ use super::{
     sources::Share,
 };
 use crate::{
-    access::{Access, Route},
+    access::{Access, Route, Source},
     choose::{Hopeless, Plan},
     clock,
     core::Core,
@@ -69,8 +69,10 @@ impl Local {
         let began = clock::now();
         let core = self.core.clone();
         let mut access = Access::new(Direction::Ingress, core.cluster.clone(), core.cluster.clone(), began);
+        access.came_from(Source::Local(self.tcp.peer_addr().ok()));
         splice::prepare(&self.tcp);
-        let (hello, route, plan) = match self.route(&mut access).await {
+        // What comes before the carrying is boxed, here and below: it takes much more memory, and only for a moment.
+        let (hello, route, plan) = match Box::pin(self.route(&mut access)).await {
             Ok(routed) => routed,
             Err(refused) => {
                 core.metrics.reject(refused.label());
@@ -81,7 +83,7 @@ impl Local {
         };
         drop(pending);
         let placing = place::Placing { core: &core, client: &self.tcp, route: &route, hello: &hello };
-        match placing.place(plan, &mut access).await {
+        match Box::pin(placing.place(plan, &mut access)).await {
             Ok(placed) => self.carry(placed, hello.len(), access).await,
             Err(why) => {
                 if why != Unplaced::ClientGone {
@@ -118,6 +120,7 @@ impl Local {
         let guard = core.metrics.stream(Direction::Ingress);
         let limits = Limits {
             idle: core.config.ingress.idle_timeout,
+            lifetime: core.config.ingress.max_lifetime,
             stalled: placed.held.tunnel().and_then(|tunnel| tunnel.stalled.as_ref()),
             force: &core.stop,
             draining: &core.draining,

@@ -23,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     core::Core,
+    handover::shelf::{Given, Role},
     splice,
     standing::{Area, Part},
     view::View,
@@ -63,19 +64,19 @@ impl Listeners {
     }
 }
 
-/// Serves all listeners until the drain closes them.
-pub(crate) async fn listen(core: Arc<Core>, auto: TcpListener, listeners: Arc<Listeners>) {
-    core.tasks.spawn("ingress.auto", accept(core.clone(), auto, Entry::Auto, core.closing.clone()));
+/// Serves all listeners until the drain closes them. Pinned ones that a predecessor gave are used before others are bound.
+pub(crate) async fn listen(core: Arc<Core>, auto: TcpListener, listeners: Arc<Listeners>, given: Arc<Given>) {
+    core.tasks.spawn("ingress.auto", accept(core.clone(), auto, Entry::Auto, core.doors.clone()));
     let mut view = core.view.clone();
     let mut bound: BTreeMap<(ClusterName, u16), CancellationToken> = BTreeMap::new();
     loop {
-        let whole = reconcile(&core, &listeners, &mut bound).await;
+        let whole = reconcile(&core, &listeners, &given, &mut bound).await;
         let retry = async { if !whole { time::sleep(REBIND).await } else { std::future::pending().await } };
         tokio::select! {
-            () = core.closing.cancelled() => return,
+            () = core.doors.cancelled() => return,
             () = retry => {}
             changed = view.changed() => if changed.is_err() {
-                core.closing.cancelled().await;
+                core.doors.cancelled().await;
                 return;
             }
         }
@@ -86,6 +87,7 @@ pub(crate) async fn listen(core: Arc<Core>, auto: TcpListener, listeners: Arc<Li
 async fn reconcile(
     core: &Arc<Core>,
     listeners: &Arc<Listeners>,
+    given: &Given,
     bound: &mut BTreeMap<(ClusterName, u16), CancellationToken>,
 ) -> bool {
     let view = core.current_view();
@@ -103,10 +105,16 @@ async fn reconcile(
             continue;
         }
         let address = SocketAddr::new(core.config.listen.local, port);
-        match net::bind_tcp(address, "listen.pinnedPortBase").await {
+        let role = Role::Pinned(cluster.clone());
+        let adopted = given.tcp(&role, address).and_then(|listener| TcpListener::from_std(listener).ok());
+        let listener = match adopted {
+            Some(listener) => Ok(listener),
+            None => net::bind_tcp(address, "listen.pinnedPortBase").await,
+        };
+        match listener {
             Ok(listener) => {
                 listeners.set(&cluster, listener.local_addr().ok());
-                let stop = core.closing.child_token();
+                let stop = core.doors.child_token();
                 let entry = Entry::Pinned(cluster.clone());
                 core.tasks.spawn("ingress.pinned", accept(core.clone(), listener, entry, stop.clone()));
                 bound.insert((cluster, port), stop);
@@ -144,6 +152,18 @@ fn wanted(core: &Core, view: &View) -> (BTreeSet<(ClusterName, u16)>, Vec<String
 }
 
 async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: CancellationToken) {
+    let role = match &entry {
+        Entry::Auto => Role::Auto,
+        Entry::Pinned(cluster) => Role::Pinned(cluster.clone()),
+    };
+    let _shelved = core.shelf.put(role, &listener).inspect_err(|error| {
+        tracing::warn!(%error, "no successor can be given this listener");
+    });
+    // Until then, a predecessor accepts from the same queue.
+    tokio::select! {
+        () = core.steps.open.cancelled() => {}
+        () = stop.cancelled() => return,
+    }
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -158,6 +178,11 @@ async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: Canc
                 continue;
             }
         };
+        if let Err(why) = core.admit() {
+            core.metrics.reject(why.reject_label());
+            splice::abort(&tcp);
+            continue;
+        }
         let Some(share) = core.hello_sources.try_acquire(source) else {
             core.metrics.reject("source_pending");
             splice::abort(&tcp);

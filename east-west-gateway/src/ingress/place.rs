@@ -4,7 +4,7 @@
 //! followed by the same hello elsewhere, and the app sees a slower connect instead of an error. The first byte back ends
 //! that. Nothing is read from the client meanwhile; only its leaving is noticed.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
@@ -12,7 +12,7 @@ use isthmus_model::sni;
 use tokio::{net::TcpStream, time};
 
 use crate::{
-    access::Access,
+    access::{Access, Attempt},
     availability::Lease,
     choose::{After, Plan},
     clock,
@@ -68,10 +68,23 @@ pub(super) struct Placed {
 #[derive(Debug)]
 pub(super) enum HeldBy {
     Tunnel(Held),
-    Endpoint(#[expect(dead_code, reason = "held for its drop")] Lease),
+    Endpoint(Lease),
 }
 
 impl HeldBy {
+    /// The far gateway, if one takes part.
+    fn gateway(&self) -> Option<&str> {
+        self.tunnel().map(|tunnel| tunnel.gateway.as_str())
+    }
+
+    /// The endpoint, if it is one of this cluster's own.
+    fn endpoint(&self) -> Option<SocketAddr> {
+        match self {
+            Self::Tunnel(_) => None,
+            Self::Endpoint(lease) => Some(lease.address()),
+        }
+    }
+
     /// The tunnel that carries it, if one does.
     pub(super) fn tunnel(&self) -> Option<&Tunnel> {
         match self {
@@ -89,11 +102,31 @@ pub(super) struct Placing<'a> {
     pub(super) hello: &'a [u8],
 }
 
-/// A failed attempt: its label, and what comes next.
-type Failed = (&'static str, After);
-const LOST: Failed = ("tunnel_lost", After::SameCluster);
-const SILENT: Failed = ("silent", After::SameCluster);
-const BROKEN: Failed = ("protocol", After::SameCluster);
+/// A failed attempt.
+#[derive(Clone, Debug)]
+struct Failed {
+    label: &'static str,
+    /// What comes next.
+    after: After,
+    /// The far gateway's words.
+    detail: Option<String>,
+}
+
+impl Failed {
+    const fn new(label: &'static str, after: After) -> Self {
+        Self { label, after, detail: None }
+    }
+}
+
+const LOST: Failed = Failed::new("tunnel_lost", After::SameCluster);
+const SILENT: Failed = Failed::new("silent", After::SameCluster);
+/// For a link to a peer's successor to come up, over TCP.
+const SUCCESSION: Duration = Duration::from_millis(300);
+/// A far gateway that drains.
+const DRAINING: &str = "rejected_draining";
+const BROKEN: Failed = Failed::new("protocol", After::SameCluster);
+/// Of a far gateway's words, as many characters are kept.
+const MAX_DETAIL: usize = 200;
 
 impl Placing<'_> {
     /// Works through `plan`.
@@ -105,11 +138,15 @@ impl Placing<'_> {
         let mut first = true;
         while let Some(cluster) = plan.next().cloned() {
             let local = cluster == self.core.cluster;
+            if !local && let Some(old) = self.core.registry.succession(&cluster) {
+                // The link that is being dialled is worth more than a lost attempt.
+                drop(time::timeout(SUCCESSION, old.replaced()).await);
+            }
             let tunnel = if local { None } else { self.core.registry.pick(&cluster, &tried) };
             if !local && tunnel.is_none() {
                 if first {
                     self.core.metrics.attempt(&cluster, "no_tunnel");
-                    access.tried(&cluster, "no_tunnel");
+                    access.tried(Attempt::new(&cluster, None, "no_tunnel"));
                 }
                 plan.skip();
                 continue;
@@ -144,21 +181,24 @@ impl Placing<'_> {
                     return Err(Unplaced::ClientGone);
                 }
             };
-            let refused = outcome.as_ref().is_err_and(|(label, _)| *label != LOST.0 && *label != SILENT.0);
-            tried.extend(tunnel.map(|tunnel| Tried { tunnel, refused }));
-            let label = outcome.as_ref().map_or_else(|(label, _)| *label, |_| "accepted");
+            // A draining gateway may have a successor behind its other links.
+            let may_differ = |label: &str| [LOST.label, SILENT.label, DRAINING].contains(&label);
+            let refused = outcome.as_ref().is_err_and(|failed| !may_differ(failed.label));
+            let label = outcome.as_ref().map_or_else(|failed| failed.label, |_| "accepted");
             self.core.metrics.attempt(&cluster, label);
-            access.tried(&cluster, label);
+            let detail = outcome.as_ref().err().and_then(|failed| failed.detail.clone());
+            access.tried(Attempt { detail, ..Attempt::new(&cluster, tunnel.as_deref(), label) });
+            tried.extend(tunnel.map(|tunnel| Tried { tunnel, refused }));
             match outcome {
                 Ok(placed) => {
                     self.core.metrics.first_byte(&cluster, clock::since(began));
-                    access.destined(&cluster);
+                    access.destined(&cluster, placed.held.gateway(), placed.held.endpoint());
                     return Ok(placed);
                 }
-                Err((label, after)) => {
-                    last = Unplaced::Failed(label);
+                Err(failed) => {
+                    last = Unplaced::Failed(failed.label);
                     // The own cluster's endpoints are all that it has.
-                    plan.failed(if local { After::NextCluster } else { after });
+                    plan.failed(if local { After::NextCluster } else { failed.after });
                 }
             }
         }
@@ -167,7 +207,9 @@ impl Placing<'_> {
 
     async fn locally(&self, deadline: Duration) -> Result<Placed, Failed> {
         let view = self.core.current_view();
-        let Some(service) = view.service(&self.route.service) else { return Err(("gone", After::NextCluster)) };
+        let Some(service) = view.service(&self.route.service) else {
+            return Err(Failed::new("gone", After::NextCluster));
+        };
         let request = Request {
             service,
             port: self.route.port,
@@ -179,7 +221,7 @@ impl Placing<'_> {
             Ok(Answered { tcp, first, lease }) => {
                 Ok(Placed { far: Far::Tcp(tcp), first, held: HeldBy::Endpoint(lease) })
             }
-            Err(failure) => Err((failure.label(), After::NextCluster)),
+            Err(failure) => Err(Failed::new(failure.label(), After::NextCluster)),
         }
     }
 
@@ -256,10 +298,12 @@ fn rejected(reject: &Reject) -> Failed {
         RejectReason::NoEndpoint => ("rejected_no_endpoint", After::NextCluster),
         RejectReason::ConnectFailed => ("rejected_connect_failed", After::NextCluster),
         RejectReason::Overloaded => ("rejected_overloaded", After::SameCluster),
-        RejectReason::Draining => ("rejected_draining", After::SameCluster),
+        RejectReason::Draining => (DRAINING, After::SameCluster),
         RejectReason::Timeout => ("rejected_timeout", After::NextCluster),
     };
-    (label, if reject.retry_elsewhere { after } else { After::Nobody })
+    let after = if reject.retry_elsewhere { after } else { After::Nobody };
+    let detail: String = reject.detail.chars().take(MAX_DETAIL).collect();
+    Failed { label, after, detail: (!detail.is_empty()).then_some(detail) }
 }
 
 /// Resolves when the client ends or breaks. A byte after its hello stays unread: it goes out after the accept.

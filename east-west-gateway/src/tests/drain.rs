@@ -5,7 +5,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::config::LinkTransport;
+use crate::{config::LinkTransport, testkit::cluster};
 
 use super::rig::{Gateway, Server, knock, linked, over_both, read, sni, until};
 
@@ -53,6 +53,39 @@ async fn the_near_gateway_drains_too(over: LinkTransport) {
     served.shutdown().await.unwrap();
     assert_eq!(client.read(&mut [0; 1]).await.unwrap(), 0);
     gateways[0].ended().await;
+}
+
+#[tokio::test]
+async fn until_the_doors_close_whatever_still_comes_is_served_on_both_sides() {
+    let (east, west) = (Server::bind().await.echo(b"east"), Server::bind().await.echo(b"west"));
+    let slow = |config: &mut crate::Config| config.drain.accept_for = std::time::Duration::from_secs(2);
+    let mut gateways = [Gateway::start("east").await, Gateway::start_with("west", slow).await];
+    let members: [(&str, &[std::net::SocketAddr]); 2] = [("east", &[east]), ("west", &[west])];
+    let global = super::rig::introduce(&gateways, &members);
+    for (gateway, (_, endpoints)) in gateways.iter().zip(&members) {
+        gateway.set_endpoints(endpoints);
+        gateway.set_global(&global);
+    }
+    gateways[0].sees_ready("west").await;
+    gateways[1].sees_ready("east").await;
+    let (near, far) = (gateways[0].core().await, gateways[1].core().await);
+    let to_west = gateways[0].inspector.pinned()[&cluster("west")];
+    let (west_auto, to_east) = (gateways[1].auto, gateways[1].inspector.pinned()[&cluster("east")]);
+    gateways[1].drain();
+    until("east is told", || gateways[0].eligibility("west").as_deref() == Some("unreachable")).await;
+    for (entry, name, greeting) in
+        [(to_west, Some("west"), b"west"), (west_auto, None, b"west"), (to_east, Some("east"), b"east")]
+    {
+        let mut late = knock(entry, &sni(name)).await;
+        assert_eq!(read(&mut late, 4).await, greeting);
+    }
+    assert!(!far.closing.is_cancelled(), "all of that was before the doors closed");
+    far.closing.cancelled().await;
+    let mut too_late = knock(to_west, &sni(Some("west"))).await;
+    assert!(too_late.read(&mut [0; 1]).await.is_err());
+    drop(far);
+    gateways[1].ended().await;
+    assert!(near.metrics.attempted(&cluster("west"), "accepted") >= 1);
 }
 
 #[tokio::test]

@@ -28,16 +28,17 @@ use isthmus_model::{
     time::Timestamp,
 };
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
     sync::{mpsc, oneshot},
     task::JoinHandle,
 };
 use tokio_stream::{StreamExt, wrappers::ReceiverStream};
-use tonic::{Request, Response, Status, Streaming, transport::Server};
+use tonic::{Request, Response, Status, Streaming, transport};
 
-use super::rig::{Gateway, ca, config, eligibility, local, next, trust, until};
+use super::rig::{Gateway, Server, ca, config, eligibility, knock, local, next, read, sni, trust, until};
 use crate::{
-    Feed, Inspector, build,
+    Bound, Config, Feed, Inspector, build, take_over,
     testkit::{FEDERATION, cluster, federation, service_name},
 };
 
@@ -136,7 +137,7 @@ impl Agent {
             expires_at: Timestamp(isthmus_runtime::now() + 60_000),
         });
         let agent = Self { secret: token.secret.clone(), ..Self::default() };
-        let server = Server::builder().add_service(LocalServer::new(agent.clone()));
+        let server = transport::Server::builder().add_service(LocalServer::new(agent.clone()));
         let incoming = TlsIncoming::new(listener, Arc::new(tls));
         let task = tokio::spawn(async move { server.serve_with_incoming(incoming).await.unwrap() });
         (agent, token, task)
@@ -171,12 +172,24 @@ impl Fed {
     }
 
     async fn start_at(dir: &Path, token: &Token, pinned_port_base: u16) -> Self {
+        std::fs::write(dir.join("token"), token.encode()).unwrap();
+        Self::run(build(Self::config(dir, pinned_port_base), Feed::Agent).await.unwrap())
+    }
+
+    /// One that takes over from the one that lives in `dir`.
+    async fn succeed(dir: &Path) -> Self {
+        Self::run(take_over(Self::config(dir, 0), Feed::Agent).await.unwrap())
+    }
+
+    fn config(dir: &Path, pinned_port_base: u16) -> Config {
         let mut config = config("gateway-1");
         config.state_dir = dir.join("state");
         config.agent_token_file = Some(dir.join("token"));
         config.listen.pinned_port_base = pinned_port_base;
-        std::fs::write(dir.join("token"), token.encode()).unwrap();
-        let bound = build(config, Feed::Agent).await.unwrap();
+        config
+    }
+
+    fn run(bound: Bound) -> Self {
         let (inspector, health) = (bound.inspector(), bound.health_addr());
         let (stop, stopped) = oneshot::channel();
         let ended = tokio::spawn(bound.run(async move { drop(stopped.await) }));
@@ -185,7 +198,6 @@ impl Fed {
 
     /// The health server's answer to `path`.
     async fn get(&self, path: &str) -> String {
-        use tokio::io::{AsyncReadExt, AsyncWriteExt};
         let mut tcp = tokio::net::TcpStream::connect(self.health).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
         tcp.write_all(request.as_bytes()).await.unwrap();
@@ -245,6 +257,26 @@ async fn a_gateway_enrols_once_follows_its_agent_and_restarts_from_disk_without_
     gateway.becomes_ready().await;
     assert!(gateway.inspector.candidates(&service_name(), 80).is_some());
     gateway.end().await;
+}
+
+#[tokio::test]
+async fn a_gateway_that_drains_tells_its_agent_before_it_closes_any_door() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, token, _serving) = Agent::serve().await;
+    std::fs::write(dir.path().join("token"), token.encode()).unwrap();
+    let mut config = Fed::config(dir.path(), 0);
+    config.drain.accept_for = Duration::from_secs(2);
+    let gateway = Fed::run(build(config, Feed::Agent).await.unwrap());
+    let global = state();
+    agent.send_global(&global).await;
+    agent.hears("the state is applied", applied(&global)).await;
+    gateway.becomes_ready().await;
+    let core = gateway.inspector.core().unwrap();
+    gateway.stop.send(()).unwrap();
+    agent.hears("it drains", |up| matches!(up, Up::Draining(_))).await;
+    assert!(core.draining.is_cancelled() && !core.closing.is_cancelled() && !core.doors.is_cancelled());
+    drop(core);
+    gateway.ended.await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -370,4 +402,45 @@ async fn a_restart_does_not_end_a_hold_down() {
     until("west is reached", || known().is_some_and(|state| state != "unreachable")).await;
     assert_eq!(known().as_deref(), Some("holdDown"));
     gateway.end().await;
+}
+
+#[tokio::test]
+async fn an_upgrade_is_no_leaving_to_the_agent_and_a_revocation_reaches_what_the_predecessor_still_carries() {
+    let dir = tempfile::tempdir().unwrap();
+    let (agent, token, _serving) = Agent::serve().await;
+    let (west, orders) = (Gateway::start("west").await, Server::bind().await);
+    let mut global = state();
+    let address = GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(west.tunnel) };
+    global.clusters.get_mut(&cluster("west")).unwrap().gateways = vec![address];
+    west.set_global(&global);
+    west.set_endpoints(&[orders.address]);
+    let before = Fed::start(dir.path(), &token).await;
+    agent.send_global(&global).await;
+    until("west is ready", || eligibility(&before.inspector, "west").as_deref() == Some("ready")).await;
+    let mut client = knock(before.inspector.pinned()[&cluster("west")], &sni(Some("west"))).await;
+    let mut served = orders.greet(b"hi").await;
+    read(&mut client, 2).await;
+    let saved = || dir.path().join("state/global.lkg").exists();
+    until("the state is on disk", saved).await;
+
+    let after = Fed::succeed(dir.path()).await;
+    let hellos = || agent.told.lock().unwrap().messages.iter().filter(|up| matches!(up, Up::Hello(_))).count();
+    until("the successor says hello", || hellos() == 2).await;
+    let core = before.inspector.core().unwrap();
+    until("the predecessor ends its feed", || core.steps.feed_over.is_cancelled()).await;
+    after.becomes_ready().await;
+    client.write_all(b"still").await.unwrap();
+    assert_eq!(read(&mut served, 5).await, b"still");
+
+    let mut revoked = next(&global);
+    revoked.clusters.get_mut(&cluster("west")).unwrap().state = ClusterState::Revoked;
+    agent.send_global(&revoked).await;
+    agent.hears("the successor applies it", applied(&revoked)).await;
+    let cut = tokio::time::timeout(Duration::from_secs(1), client.read(&mut [0; 1])).await;
+    assert!(cut.expect("within a second").is_err(), "what the predecessor carries is cut");
+    before.ended.await.unwrap().unwrap();
+    assert!(!agent.told.lock().unwrap().messages.iter().any(|up| matches!(up, Up::Draining(_))));
+    assert_eq!(hellos(), 2);
+    assert_eq!(agent.told.lock().unwrap().enrolled, 1);
+    after.end().await;
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    path::Path,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -24,12 +25,14 @@ use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
 };
+use tracing::Dispatch;
 
 use crate::{
-    Bound, Config, Feed, Given, Inspector, View, build,
+    Bound, BuildError, Config, Feed, Given, Inspector, View, build,
     config::LinkTransport,
     core::Core,
     hello::{HelloReader, Progress},
+    take_over,
     testkit::{FEDERATION, cluster, federation, service_name},
 };
 
@@ -75,13 +78,29 @@ pub(super) fn config(name: &str) -> Config {
         // Many gateways share a busy machine here: death is declared late, but where a test is about it.
         "tunnel": { "dialBackoffMax": "200ms", "deadAfter": "1500ms" },
         "ingress": { "helloTimeout": "500ms" },
+        // Nor is a busy machine what a test means by overload.
+        "overload": { "maxSchedulingDelay": "60s" },
         "drain": { "acceptFor": "100ms", "deadline": "5s" },
     });
     serde_json::from_value(json).unwrap()
 }
 
+/// In what way a gateway is started.
+#[derive(Default)]
+struct How {
+    takes_over: bool,
+    log: Dispatch,
+}
+
+impl How {
+    fn succeeding() -> Self {
+        Self { takes_over: true, ..Self::default() }
+    }
+}
+
 /// One gateway.
 pub(super) struct Gateway {
+    name: String,
     pub(super) inspector: Inspector,
     pub(super) auto: SocketAddr,
     pub(super) tunnel: SocketAddr,
@@ -103,23 +122,67 @@ impl Gateway {
     }
 
     pub(super) async fn start_with(name: &str, change: impl FnOnce(&mut Config)) -> Self {
-        let (view, seen) = watch::channel(Arc::default());
+        Self::start_logging(name, Dispatch::default(), change).await
+    }
+
+    /// The same, with its log and traces going to `log`.
+    pub(super) async fn start_logging(name: &str, log: Dispatch, change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = config("gateway-1");
+        change(&mut config);
+        Self::launch(name, config, watch::Sender::default(), How { log, ..How::default() }).await.unwrap()
+    }
+
+    /// One that takes over from this one, with the same view and configuration. Its addresses are in its inspector.
+    pub(super) async fn successor(&self, state_dir: &Path) -> Self {
+        self.try_succeed(|config| config.state_dir = state_dir.to_owned()).await.unwrap()
+    }
+
+    /// One that begins to take over and is told nothing until its own view is set, so that it cannot become ready.
+    pub(super) async fn stuck_successor(&self, state_dir: &Path) -> Self {
+        let mut config = config("gateway-1");
+        config.state_dir = state_dir.to_owned();
+        Self::launch(&self.name, config, watch::Sender::default(), How::succeeding()).await.unwrap()
+    }
+
+    /// As [`Gateway::successor`], with another configuration.
+    pub(super) async fn try_succeed(&self, change: impl FnOnce(&mut Config)) -> Result<Self, BuildError> {
+        let mut config = config("gateway-1");
+        change(&mut config);
+        Self::launch(&self.name, config, self.view.clone(), How::succeeding()).await
+    }
+
+    async fn launch(name: &str, config: Config, view: watch::Sender<Arc<View>>, how: How) -> Result<Self, BuildError> {
         let given = Given {
             cluster: cluster(name),
             federation: FEDERATION.parse().unwrap(),
             identity: IdentitySource::new(svid(name)),
             trust: trust(),
-            view: seen,
+            view: view.subscribe(),
         };
-        let mut config = config("gateway-1");
-        change(&mut config);
-        let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let bound: Bound = runtime.spawn(build(config, Feed::Given(given))).await.unwrap().unwrap();
+        let mut runtime = Builder::new_multi_thread();
+        runtime.worker_threads(1).enable_all();
+        runtime.on_thread_start(move || {
+            // For as long as the thread lives.
+            std::mem::forget(tracing::dispatcher::set_default(&how.log));
+        });
+        let runtime = runtime.build().unwrap();
+        let given = Feed::Given(given);
+        let bound = match how.takes_over {
+            true => runtime.spawn(take_over(config, given)).await.unwrap(),
+            false => runtime.spawn(build(config, given)).await.unwrap(),
+        };
+        let bound: Bound = match bound {
+            Ok(bound) => bound,
+            Err(error) => {
+                runtime.shutdown_background();
+                return Err(error);
+            }
+        };
         let (inspector, auto, tunnel) = (bound.inspector(), bound.auto_addr(), bound.tunnel_addr());
         let (stop, stopped) = oneshot::channel::<()>();
         let ended = runtime.spawn(bound.run(async move { drop(stopped.await) }));
         let (stop, ended, runtime) = (Some(stop), Some(ended), Some(runtime));
-        Self { inspector, auto, tunnel, view, stop, ended, runtime }
+        Ok(Self { name: name.to_owned(), inspector, auto, tunnel, view, stop, ended, runtime })
     }
 
     /// Its insides, once it serves.

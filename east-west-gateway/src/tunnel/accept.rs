@@ -61,6 +61,11 @@ pub(crate) async fn accept(core: Arc<Core>, endpoint: Endpoint) {
             () = core.stop.cancelled() => return,
         };
         let Some(incoming) = incoming else { return };
+        if core.steps.taken_over.is_cancelled() {
+            // Sent again, it reaches the successor.
+            incoming.ignore();
+            continue;
+        }
         if core.draining.is_cancelled() {
             core.metrics.reject("draining");
             incoming.refuse();

@@ -3,7 +3,10 @@
 //! In: the stream, what this gateway has to say, the peer's frames. Out: what the tunnel's users see of the peer (round
 //! trip, load, draining, availability of its cluster). Ends when the link does, and ends the link with the reason.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use isthmus_api::proto::tunnel::v1::{Closing, ControlFrame, ControlHello, control_frame::Kind};
 use isthmus_model::ids::check_label;
@@ -12,7 +15,7 @@ use tokio::time;
 use super::{
     Close, VERSION,
     link::{Broken, Link, RecvHalf, SendHalf},
-    registry::Tunnel,
+    registry::{Origin, Tunnel},
     session::{Own, Response, Rhythm, Session, Told},
 };
 use crate::{
@@ -20,6 +23,9 @@ use crate::{
     core::Core,
     frame::{self, FrameError, FrameReader, MAX_CONTROL},
 };
+
+/// For the last bytes of a drained peer's streams.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// Why a control stream did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -75,7 +81,15 @@ impl Control {
                 }
                 tunnel.link.close(why);
             }
-            Some(End::ByPeer(reason)) => tunnel.link.closed_by_peer(reason),
+            Some(End::ByPeer(reason)) => {
+                tunnel.link.closed_by_peer(reason);
+                if let Link::Tcp(link) = tunnel.link.clone() {
+                    core.tasks.spawn("tunnel.linger", async move {
+                        time::sleep(LINGER).await;
+                        link.end();
+                    });
+                }
+            }
             None => {}
         }
         say_why(&mut running.control.send, &tunnel.link).await;
@@ -116,6 +130,7 @@ impl Running<'_> {
             let own = Own {
                 table: &current,
                 draining: self.core.draining.is_cancelled(),
+                succeeded: self.core.steps.taken_over.is_cancelled(),
                 offers: self.tunnel.link.wishes(self.core.registry.needs_reverse(self.tunnel)),
             };
             let now = clock::now();
@@ -166,12 +181,17 @@ impl Running<'_> {
                 core.metrics.rtt(&tunnel.cluster, rtt);
                 core.metrics.path(tunnel);
             }
-            Some(Told::Goaway) if tunnel.set_goaway() => {
+            Some(Told::Goaway { successor: true }) if matches!(tunnel.origin, Origin::Dialled(_)) => {
+                tracing::info!(cluster = %tunnel.cluster, gateway = tunnel.gateway, "peer is succeeded");
+                tunnel.succeeded.cancel();
+            }
+            // A successor has dialled us before this was said.
+            Some(Told::Goaway { .. }) if tunnel.set_goaway() => {
                 tracing::info!(cluster = %tunnel.cluster, gateway = tunnel.gateway, "peer drains");
                 core.refresh(&tunnel.cluster);
                 core.observed.touch();
             }
-            Some(Told::Goaway) => {}
+            Some(Told::Goaway { .. }) => {}
             Some(Told::Availability(word)) => {
                 if !core.registry.heard(tunnel, word) {
                     return Err(Close::Protocol.into());

@@ -1,8 +1,9 @@
 //! Keeps one link to one peer: dials with backoff and jitter, watches over it, and replaces it before it must end.
 //!
 //! Several lanes may lead to one peer. A link is replaced make-before-break when this gateway's certificate was renewed,
-//! when the peer's nears its end, or when QUIC works again where TCP stood in for it: the old link takes no new streams,
-//! the running ones finish on it. A lane ends with its peer.
+//! when the peer's nears its end, when the peer is succeeded by another process, or when QUIC works again where TCP stood
+//! in for it: once the new link works the old one takes no new streams, and the running ones finish on it. A lane ends
+//! with its peer.
 
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -76,8 +77,14 @@ impl Peer {
 
     async fn lane(&self, lane: Lane, wake: &mut watch::Receiver<u64>) {
         let mut backoff = Backoff::new(BACKOFF_BASE, self.core.config.tunnel.dial_backoff_max);
+        // Takes new streams until another one does.
+        let mut before: Option<Arc<Tunnel>> = None;
         loop {
-            if lane == Lane::TcpWithoutQuic {
+            // A gateway that was taken over leaves dialling to its successor.
+            if self.core.steps.taken_over.is_cancelled() {
+                return;
+            }
+            if lane == Lane::TcpWithoutQuic && before.is_none() {
                 self.without_quic(self.core.config.tunnel.fallback_after).await;
             }
             let dialled = tokio::select! {
@@ -88,7 +95,9 @@ impl Peer {
             match dialled {
                 Ok((link, control)) => {
                     backoff.reset();
-                    if self.carry(lane, link, control).await == Ended::Replace {
+                    let (ended, tunnel) = self.carry(lane, link, control, before.take()).await;
+                    before = tunnel;
+                    if ended == Ended::Replace {
                         continue;
                     }
                 }
@@ -128,8 +137,15 @@ impl Peer {
         time::timeout(core.config.tunnel.handshake_timeout, attempt).await.unwrap_or(Err(DialError::Timeout))
     }
 
-    /// From here until it ends or is replaced, new streams may use the link.
-    async fn carry(&self, lane: Lane, link: Link, control: Control) -> Ended {
+    /// From here until it ends or is replaced, new streams may use the link, and `before` takes none any more. Returns the
+    /// tunnel if it serves on until it is replaced.
+    async fn carry(
+        &self,
+        lane: Lane,
+        link: Link,
+        control: Control,
+        before: Option<Arc<Tunnel>>,
+    ) -> (Ended, Option<Arc<Tunnel>>) {
         let (cluster, gateway) = &self.key;
         let transport = link.transport();
         let origin = Origin::Dialled(self.address);
@@ -137,7 +153,10 @@ impl Peer {
         let replace = self.replacement_due(&tunnel.link);
         if !self.core.registry.up(&tunnel) {
             tunnel.link.close(Close::Replaced);
-            return Ended::Lost;
+            return (Ended::Lost, before);
+        }
+        if let Some(before) = before {
+            before.retire();
         }
         tracing::info!(
             %cluster, gateway, address = %self.address, transport = link::label(transport), rtt = ?tunnel.rtt(), "tunnel up"
@@ -149,17 +168,20 @@ impl Peer {
         self.core.links_changed(cluster);
         let over = CancellationToken::new();
         self.core.tasks.spawn("tunnel.carry", self.clone().serve(tunnel.clone(), control, over.clone()));
-        let replaced = tokio::select! {
-            () = over.cancelled() => Ended::Lost,
-            () = replace => Ended::Replace,
-            () = self.with_quic(), if lane == Lane::TcpWithoutQuic => Ended::Replace,
+        let (replaced, serves_on) = tokio::select! {
+            () = over.cancelled() => (Ended::Lost, None),
+            () = replace => (Ended::Replace, Some(tunnel.clone())),
+            () = tunnel.succeeded.cancelled() => (Ended::Replace, Some(tunnel.clone())),
+            () = self.with_quic(), if lane == Lane::TcpWithoutQuic => (Ended::Replace, None),
         };
-        tunnel.retire();
+        if serves_on.is_none() {
+            tunnel.retire();
+        }
         if lane == Lane::TcpWithoutQuic && self.core.registry.set_downgraded(&self.key, false) {
             tracing::info!(%cluster, gateway, quic = replaced == Ended::Replace, "TCP does not stand in for QUIC any more");
         }
         self.core.links_changed(cluster);
-        replaced
+        (replaced, serves_on)
     }
 
     async fn serve(self, tunnel: Arc<Tunnel>, control: Control, over: CancellationToken) {

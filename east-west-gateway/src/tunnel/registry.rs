@@ -54,6 +54,8 @@ pub(crate) struct Tunnel {
     rtt_us: AtomicU32,
     suspect: AtomicBool,
     goaway: AtomicBool,
+    /// The peer's successor is to be dialled; this tunnel serves until that one's does.
+    pub(crate) succeeded: CancellationToken,
     retired: CancellationToken,
     idle: Notify,
     packets: Mutex<Packets>,
@@ -88,6 +90,7 @@ impl Tunnel {
             rtt_us: AtomicU32::new(rtt),
             suspect: AtomicBool::new(false),
             goaway: AtomicBool::new(false),
+            succeeded: CancellationToken::new(),
             retired: CancellationToken::new(),
             idle: Notify::new(),
             packets: Mutex::default(),
@@ -122,6 +125,14 @@ impl Tunnel {
     /// No new streams here: another link takes its place.
     pub(crate) fn retire(&self) {
         self.retired.cancel();
+    }
+
+    /// Resolves when another link has taken its place, or it has ended.
+    pub(crate) async fn replaced(&self) {
+        tokio::select! {
+            () = self.retired.cancelled() => {}
+            () = self.link.closed() => {}
+        }
     }
 
     /// Resolves when it is retired and carries nothing more.
@@ -381,6 +392,11 @@ impl Registry {
         }
     }
 
+    /// Whether every peer that is dialled was tried at least once.
+    pub(crate) fn all_tried(&self) -> bool {
+        self.lock().values().filter_map(|peer| peer.dial.as_ref()).all(|dial| dial.tried)
+    }
+
     /// An attempt to reach the peer failed.
     pub(crate) fn failed(&self, key: &PeerKey) {
         if let Some(dial) = self.lock().get_mut(key).and_then(|peer| peer.dial.as_mut()) {
@@ -438,6 +454,16 @@ impl Registry {
         let best = up.iter().map(class).min()?;
         let best: Vec<_> = up.iter().filter(|t| class(t) == best).cloned().collect();
         better_of_two(&best, |t| t.cost())
+    }
+
+    /// A TCP link to `cluster` whose peer is succeeded, until its replacement works. New connections of it would reach the
+    /// successor, which knows nothing of this link.
+    pub(crate) fn succession(&self, cluster: &ClusterName) -> Option<Arc<Tunnel>> {
+        let succeeded =
+            |t: &&Arc<Tunnel>| t.succeeded.is_cancelled() && !t.is_going() && t.link.transport() == Transport::Tcp;
+        let peers = self.lock();
+        let mut tunnels = of_cluster(&peers, cluster).flat_map(|peer| &peer.legs).map(|leg| &leg.tunnel);
+        tunnels.find(succeeded).cloned()
     }
 
     /// What is known of `cluster`; `None` if no gateway of it is known.

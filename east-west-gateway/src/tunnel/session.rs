@@ -23,6 +23,8 @@ pub(crate) struct Own<'a> {
     pub(crate) table: &'a Table,
     /// It takes nothing new.
     pub(crate) draining: bool,
+    /// If so: a gateway of its name goes on.
+    pub(crate) succeeded: bool,
     /// Connections that it would like to be offered (TCP).
     pub(crate) offers: u32,
 }
@@ -38,7 +40,10 @@ pub(crate) enum Told {
         load_permille: u32,
     },
     /// It drains.
-    Goaway,
+    Goaway {
+        /// A gateway of its name goes on, where it is dialled.
+        successor: bool,
+    },
     /// What its cluster can serve.
     Availability(Word),
     /// It would like so many connections on offer (TCP).
@@ -83,7 +88,7 @@ impl Session {
         };
         if own.draining && !self.told_draining {
             self.told_draining = true;
-            out.push(Kind::Goaway(Goaway {}));
+            out.push(Kind::Goaway(Goaway { successor: own.succeeded }));
         }
         if own.offers != self.told_offers {
             self.told_offers = own.offers;
@@ -112,7 +117,7 @@ impl Session {
                 Some(rtt) => told(Told::Alive { rtt, load_permille: pong.load_permille }),
                 None => Ok(Response::default()),
             },
-            Some(Kind::Goaway(_)) => told(Told::Goaway),
+            Some(Kind::Goaway(Goaway { successor })) => told(Told::Goaway { successor }),
             Some(Kind::Availability(update)) => {
                 told(Told::Availability(Word::try_from(update).map_err(|_| Close::Protocol)?))
             }
@@ -133,7 +138,7 @@ mod tests {
     const RHYTHM: Rhythm = Rhythm { interval: Duration::from_millis(100), dead_after: Duration::from_millis(400) };
 
     fn own(table: &Table) -> Own<'_> {
-        Own { table, draining: false, offers: 0 }
+        Own { table, draining: false, succeeded: false, offers: 0 }
     }
 
     #[test]

@@ -11,7 +11,9 @@ mod readiness;
 #[cfg(test)]
 mod tests;
 
+use std::future::Future;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use axum::Router;
@@ -43,8 +45,8 @@ pub enum HealthError {
     /// Its address cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The bound socket does not tell its address.
-    #[error("read the address of the health server's socket")]
+    /// The bound socket does not tell its address, or cannot be waited for.
+    #[error("use the health server's socket")]
     Address(#[source] std::io::Error),
 }
 
@@ -62,6 +64,20 @@ pub async fn bind(addr: SocketAddr) -> Result<HealthListener, HealthError> {
     Ok(HealthListener { listener, local_addr })
 }
 
+/// Takes a listener that another process bound: one that this process succeeds.
+pub fn adopt(listener: std::net::TcpListener) -> Result<HealthListener, HealthError> {
+    listener.set_nonblocking(true).map_err(HealthError::Address)?;
+    let listener = TcpListener::from_std(listener).map_err(HealthError::Address)?;
+    let local_addr = listener.local_addr().map_err(HealthError::Address)?;
+    Ok(HealthListener { listener, local_addr })
+}
+
+impl AsFd for HealthListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
 impl HealthListener {
     /// The address that is bound, with the real port.
     pub fn local_addr(&self) -> SocketAddr {
@@ -70,6 +86,19 @@ impl HealthListener {
 
     /// Serves until the process has drained. `extra` adds the service's own debug routes; it must not repeat ours.
     pub fn serve(self, tasks: &Tasks, registry: Arc<Registry>, readiness: Readiness, extra: Router) {
+        self.serve_until(tasks, registry, readiness, extra, std::future::pending());
+    }
+
+    /// The same, until `leave` resolves: another process answers on this socket from then on. Open connections end with
+    /// the request that they are at.
+    pub fn serve_until(
+        self,
+        tasks: &Tasks,
+        registry: Arc<Registry>,
+        readiness: Readiness,
+        extra: Router,
+        leave: impl Future<Output = ()> + Send + 'static,
+    ) {
         let state = Served { own: Arc::new(process::registry(tasks)), registry, readiness };
         let router = Router::new()
             .route("/livez", get(async || "ok\n"))
@@ -78,7 +107,11 @@ impl HealthListener {
             .with_state(state)
             .merge(extra);
         let listener = Limited::new(self.listener, MAX_CONNECTIONS);
-        tasks.background("health", async move { axum::serve(listener, router).await.map_err(BoxError::from) });
+        tasks.background("health", async move {
+            axum::serve(listener, router).with_graceful_shutdown(leave).await.map_err(BoxError::from)?;
+            // Left, not failed: a background task must not end before the process does.
+            std::future::pending().await
+        });
     }
 }
 

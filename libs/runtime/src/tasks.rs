@@ -206,11 +206,12 @@ impl Tasks {
         };
         let (inner, id) = (self.inner.clone(), entry.id());
         let span = tracing::info_span!("task", task = name);
-        let supervised = async move {
-            let ended = AssertUnwindSafe(fut).catch_unwind().await;
+        // Combinators rather than an async block, which would hold the future twice: once captured, once awaited. There
+        // are tasks by the ten thousand.
+        let supervised = AssertUnwindSafe(fut).catch_unwind().map(move |ended| {
             inner.ended(name, kind, ended);
             drop(entry);
-        };
+        });
         let handle = tokio::spawn(supervised.instrument(span));
         self.inner.registry.started(id, handle.abort_handle());
     }

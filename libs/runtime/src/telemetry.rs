@@ -15,7 +15,7 @@ use opentelemetry::KeyValue;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_otlp::{ExporterBuildError, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
-use opentelemetry_sdk::trace::SdkTracerProvider;
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use serde::Deserialize;
 use tokio::runtime::Runtime;
 use tracing::Subscriber;
@@ -45,6 +45,9 @@ pub struct TelemetryConfig {
     pub log: LogConfig,
     /// URL of an OTLP gRPC collector, such as `http://127.0.0.1:4317`; none: no traces.
     pub otlp_endpoint: Option<String>,
+    /// Share of the traces begun here that are exported, in percent; a trace that was begun elsewhere goes by what was
+    /// decided there. Absent: all.
+    pub sample_percent: Option<f64>,
 }
 
 /// How much is logged, and how it looks.
@@ -81,6 +84,9 @@ impl Validate for TelemetryConfig {
         }
         if let Some(Err(error)) = self.otlp_endpoint.as_deref().map(check_endpoint) {
             problems.add("otlpEndpoint", error.to_string());
+        }
+        if self.sample_percent.is_some_and(|percent| !(0.0..=100.0).contains(&percent)) {
+            problems.add("samplePercent", "use 0 to 100".to_owned());
         }
     }
 }
@@ -175,7 +181,7 @@ struct Exporter {
 }
 
 impl Exporter {
-    fn start(service: &'static str, instance: &str, endpoint: &str) -> Result<Self, TelemetryError> {
+    fn start(service: &'static str, instance: &str, endpoint: &str, share: f64) -> Result<Self, TelemetryError> {
         check_endpoint(endpoint)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -194,7 +200,12 @@ impl Exporter {
             .with_service_name(service)
             .with_attribute(KeyValue::new("service.instance.id", instance.to_owned()))
             .build();
-        let provider = SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build();
+        let sampler = Sampler::ParentBased(Box::new(Sampler::TraceIdRatioBased(share)));
+        let provider = SdkTracerProvider::builder()
+            .with_batch_exporter(exporter)
+            .with_resource(resource)
+            .with_sampler(sampler)
+            .build();
         drop(entered);
         Ok(Self { provider, runtime })
     }
@@ -215,7 +226,8 @@ impl LogConfig {
     }
 }
 
-fn build<W>(
+/// What [`init`] installs, writing lines to `writer`: for who wants to install it for some threads only, such as tests.
+pub fn build<W>(
     service: &'static str,
     instance: &str,
     cfg: &TelemetryConfig,
@@ -226,7 +238,8 @@ where
 {
     let filter = cfg.log.filter()?;
     let endpoint = cfg.otlp_endpoint.as_deref();
-    let exporter = endpoint.map(|endpoint| Exporter::start(service, instance, endpoint)).transpose()?;
+    let share = cfg.sample_percent.map_or(1.0, |percent| percent / 100.0);
+    let exporter = endpoint.map(|endpoint| Exporter::start(service, instance, endpoint, share)).transpose()?;
     let traces = exporter.as_ref().map(|exporter| {
         let exported = filter_fn(|metadata| !NOT_EXPORTED.iter().any(|prefix| metadata.target().starts_with(prefix)));
         tracing_opentelemetry::layer().with_tracer(exporter.provider.tracer(service)).with_filter(exported)

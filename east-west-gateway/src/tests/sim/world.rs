@@ -21,6 +21,7 @@ use super::net::Net;
 use crate::{
     View,
     core::{Core, Parts},
+    handover::{cids::CidKey, shelf::Shelf, steps::Steps},
     ingress,
     metrics::Metrics,
     serve,
@@ -88,7 +89,8 @@ impl Gateway {
         };
         let metrics = Metrics::register(&mut Registry::default());
         let garbage = metrics.reject_counter("quic_garbage");
-        let endpoint = quic::endpoint_on(net.socket(address), &config.tunnel, &identity, garbage).unwrap();
+        let endpoint =
+            quic::endpoint_on(net.socket(address), CidKey::random(), &config.tunnel, &identity, garbage).unwrap();
         let (view, seen) = watch::channel(Arc::default());
         let tasks = Tasks::new();
         let core = Arc::new(Core::new(Parts {
@@ -98,12 +100,14 @@ impl Gateway {
             view: seen,
             metrics,
             tasks: tasks.clone(),
+            steps: Steps::afresh(),
+            shelf: Shelf::default(),
         }));
         let listener = TcpListener::bind(rig::local(0)).await.unwrap();
         let auto = listener.local_addr().unwrap();
         tasks.spawn("accept", accept::accept(core.clone(), endpoint.clone()));
         tasks.spawn("peers", peers::manage(core.clone(), endpoint));
-        tasks.spawn("listen", ingress::listen(core.clone(), listener, Arc::default()));
+        tasks.spawn("listen", ingress::listen(core.clone(), listener, Arc::default(), Arc::default()));
         tasks.spawn("house", serve::keep_own_house(core.clone()));
         Self { core, auto, address, view }
     }

@@ -96,10 +96,12 @@ impl Link {
         }
     }
 
-    /// The peer has said that it ends the link.
+    /// The peer has said that it ends the link. One that has drained has finished its streams: over TCP the last bytes may
+    /// be on their way yet, until [`tcp::TcpLink::end`].
     pub(crate) fn closed_by_peer(&self, reason: String) {
         match self {
             Self::Quic(connection) => connection.close(Close::Drained.code(), reason.as_bytes()),
+            Self::Tcp(link) if reason == Close::Drained.label() => link.ended_in_order(reason),
             Self::Tcp(link) => link.ended(reason),
         }
     }

@@ -1,14 +1,10 @@
 //! The QUIC transport: one UDP socket that both dials and accepts, and links over it.
 //!
-//! In: the bound socket, the gateway's identity and the federation's roots. Out: a quinn endpoint whose handshakes are
+//! In: the bound socket (which a successor may come to share), the gateway's identity and the federation's roots. Out: a quinn endpoint whose handshakes are
 //! mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded by configuration. A peer whose
 //! address changes keeps its connections (RFC 9000, 9): quinn's server side follows it after validating the new path.
 
-use std::{
-    net::{SocketAddr, UdpSocket},
-    sync::Arc,
-    time::Duration,
-};
+use std::{net::SocketAddr, os::fd::AsFd, sync::Arc, time::Duration};
 
 use isthmus_identity::{
     bundle::TrustStore,
@@ -17,8 +13,8 @@ use isthmus_identity::{
 use isthmus_model::ids::{ClusterName, SpiffeId, TrustDomain};
 use prometheus_client::metrics::counter::Counter;
 use quinn::{
-    AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, MtuDiscoveryConfig, Runtime as _,
-    TokioRuntime, TransportConfig, VarInt,
+    AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, Endpoint, EndpointConfig, MtuDiscoveryConfig, TokioRuntime,
+    TransportConfig, VarInt,
     congestion::{BbrConfig, ControllerFactory, CubicConfig, NewRenoConfig},
     crypto::rustls::{QuicClientConfig, QuicServerConfig},
 };
@@ -27,7 +23,10 @@ use rustls::pki_types::CertificateDer;
 use socket2::SockRef;
 
 use super::{Fresh, Link, Path, RecvHalf, SendHalf};
-use crate::config::{Congestion, TunnelConfig};
+use crate::{
+    config::{Congestion, TunnelConfig},
+    handover::{cids::CidKey, socket::SharedSocket},
+};
 
 /// The protocol's name (ALPN).
 pub(crate) const ALPN: &[u8] = b"isthmus-tunnel/1";
@@ -92,19 +91,20 @@ pub(crate) fn gateway_of(federation: &TrustDomain, cluster: &ClusterName) -> Pee
 /// The endpoint on `socket`, accepting from gateways of this federation. `garbage` counts datagrams that are no QUIC of
 /// ours.
 pub(crate) fn endpoint(
-    socket: UdpSocket,
+    socket: Arc<SharedSocket>,
     config: &TunnelConfig,
     identity: &Identity,
     garbage: Counter,
 ) -> Result<Endpoint, EndpointError> {
-    grow_buffers(&socket, config.socket_buffer_bytes);
-    let socket = TokioRuntime.wrap_udp_socket(socket).map_err(EndpointError::Socket)?;
-    endpoint_on(socket, config, identity, garbage)
+    grow_buffers(&*socket, config.socket_buffer_bytes);
+    let key = socket.key();
+    endpoint_on(socket, key, config, identity, garbage)
 }
 
-/// The same on anything that sends and receives datagrams.
+/// The same on anything that sends and receives datagrams; connection IDs are issued under `key`.
 pub(crate) fn endpoint_on(
     socket: Arc<dyn AsyncUdpSocket>,
+    key: CidKey,
     config: &TunnelConfig,
     identity: &Identity,
     garbage: Counter,
@@ -119,7 +119,7 @@ pub(crate) fn endpoint_on(
     endpoint
         .max_udp_payload_size(config.mtu.max(DEFAULT_PAYLOAD))
         .map_err(|_| EndpointError::Number("mtu"))?
-        .cid_generator(move || Box::new(Cids { own: HashedConnectionIdGenerator::new(), garbage: garbage.clone() }));
+        .cid_generator(move || Box::new(Cids { own: key.generator(), garbage: garbage.clone() }));
     Endpoint::new_with_abstract_socket(endpoint, Some(server), socket, Arc::new(TokioRuntime))
         .map_err(EndpointError::Socket)
 }
@@ -209,7 +209,7 @@ fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
 }
 
 /// The system's default of 208 KiB loses packets even on loopback. It may grant less than asked for.
-fn grow_buffers(socket: &UdpSocket, bytes: usize) {
+fn grow_buffers(socket: &impl AsFd, bytes: usize) {
     let socket = SockRef::from(socket);
     let asked = socket.set_recv_buffer_size(bytes).and_then(|()| socket.set_send_buffer_size(bytes));
     // Linux reports twice what it grants.

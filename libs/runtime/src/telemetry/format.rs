@@ -1,6 +1,7 @@
 //! Log lines with the fields `service` and `instance` in front, which the stock formats cannot add.
 //!
-//! The stock formats do the rest: their line is made first and ours is wrapped around it.
+//! The stock formats do the rest: their line is made first and ours is wrapped around it. One thing they cannot carry is a
+//! structured value: an event's field that is called `name.json` and holds JSON text becomes the value `name`.
 
 use std::fmt;
 
@@ -9,6 +10,9 @@ use tracing_subscriber::fmt::format::{Format, Full, Json, Writer};
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
+
+/// The end of the name of a field whose text is JSON.
+const STRUCTURED: &str = ".json";
 
 /// One JSON object per line: `service`, `instance`, then timestamp, level, target, `fields`, `span`, `spans`.
 pub(super) struct JsonLines {
@@ -32,9 +36,25 @@ where
     fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         let mut line = String::new();
         self.inner.format_event(ctx, Writer::new(&mut line), event)?;
+        if event.metadata().fields().iter().any(|field| field.name().ends_with(STRUCTURED)) {
+            line = unfold(&line).unwrap_or(line);
+        }
         // An event always has a timestamp and a level, so there is something behind the brace.
         write!(writer, "{},{}", self.head, line.strip_prefix('{').unwrap_or(&line))
     }
+}
+
+/// `line` with the JSON in its fields' text as values. `None` if it is not as expected; then it stays as it is.
+fn unfold(line: &str) -> Option<String> {
+    let mut object: serde_json::Value = serde_json::from_str(line).ok()?;
+    let fields = object.get_mut("fields")?.as_object_mut()?;
+    let names: Vec<String> = fields.keys().filter(|name| name.ends_with(STRUCTURED)).cloned().collect();
+    for name in names {
+        let value = serde_json::from_str(fields.get(&name)?.as_str()?).ok()?;
+        fields.remove(&name);
+        fields.insert(name.strip_suffix(STRUCTURED)?.to_owned(), value);
+    }
+    Some(format!("{object}\n"))
 }
 
 /// A line for people: time, `service/instance`, level, spans, message.

@@ -42,7 +42,23 @@ fn logged(cfg: &TelemetryConfig, work: impl FnOnce()) -> String {
 }
 
 fn config(level: &str, format: LogFormat) -> TelemetryConfig {
-    TelemetryConfig { log: LogConfig { level: level.to_owned(), format }, otlp_endpoint: None }
+    TelemetryConfig { log: LogConfig { level: level.to_owned(), format }, ..TelemetryConfig::default() }
+}
+
+#[test]
+fn a_field_that_holds_json_becomes_a_value() {
+    let text = logged(&config("info", LogFormat::Json), || {
+        tracing::info!(tried.json = r#"[{"cluster":"west"}]"#, other.json = "no json", plain = "[1]");
+        tracing::info!(tried.json = r#"[{"cluster":"west"}]"#, plain = "[1]");
+    });
+    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(
+        lines[0]["fields"]["tried.json"], r#"[{"cluster":"west"}]"#,
+        "what is not JSON leaves the line as it is"
+    );
+    assert_eq!(lines[1]["fields"]["tried"][0]["cluster"], "west");
+    assert_eq!(lines[1]["fields"]["plain"], "[1]");
+    assert!(lines[1]["fields"].get("tried.json").is_none() && lines[1]["timestamp"].is_string());
 }
 
 #[test]

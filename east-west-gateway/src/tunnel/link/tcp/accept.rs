@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     core::Core,
+    handover::shelf::Role,
     ingress::sources::Sources,
     splice,
     tunnel::{
@@ -28,16 +29,29 @@ use crate::{
     },
 };
 
+/// For the word that a gateway is succeeded to reach its peers.
+const HEARD: Duration = Duration::from_millis(150);
 /// After a failed accept, such as for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Accepts until the gateway stops.
+/// Accepts until the gateway stops, or until its successor does.
 pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
+    let _shelved = core.shelf.put(Role::TunnelTcp, &listener).inspect_err(|error| {
+        tracing::warn!(%error, "no successor can be given this listener");
+    });
+    tokio::select! {
+        () = core.steps.open.cancelled() => {}
+        () = core.doors.cancelled() => return,
+    }
+    if !core.steps.alone.is_cancelled() {
+        // Until peers have heard of the succession, what they dial belongs to links of the predecessor.
+        time::sleep(HEARD).await;
+    }
     let sources = Arc::new(Sources::new(core.config.tunnel.tcp.max_pending_handshakes_per_source));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            () = core.closing.cancelled() => return,
+            () = core.doors.cancelled() => return,
         };
         let (tcp, remote) = match accepted {
             Ok(accepted) => accepted,
@@ -107,7 +121,7 @@ impl Newcomer {
         // What it may do is asked at each use: its link is closed when its cluster may do nothing more.
         let Some(link) = core.tcp_links.find(&number, &cluster) else { return core.metrics.reject("tcp_no_link") };
         let Ok(slot) = link.slots.clone().try_acquire_owned() else { return core.metrics.reject("tcp_link_full") };
-        let connection = Connection::new(tls, link.closed.clone(), slot);
+        let connection = Connection::new(tls, link.cut.clone(), slot);
         match purpose {
             TcpPurpose::Stream => link.await_first(connection).await,
             TcpPurpose::Offer => link.put(connection),

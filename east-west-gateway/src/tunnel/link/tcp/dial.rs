@@ -117,7 +117,7 @@ async fn admit(link: &TcpLink, tls: TlsStream<TcpStream>, purpose: Purpose) -> R
     };
     let preface = TcpPreface { version: VERSION, link: link.number.to_vec(), purpose: purpose.into() };
     let preface = frame::encode(&preface).map_err(|_| TcpError::Preface)?;
-    let connection = Connection::new(tls, link.closed.clone(), slot);
+    let connection = Connection::new(tls, link.cut.clone(), slot);
     let (mut send, _) = connection.clone().halves();
     send.write_all(&preface).await.map_err(|_| TcpError::Preface)?;
     Ok(connection)

@@ -73,6 +73,9 @@ pub(crate) struct TcpLink {
     incoming: AsyncMutex<mpsc::Receiver<(SendHalf, RecvHalf)>>,
     slots: Arc<Semaphore>,
     closed: CancellationToken,
+    /// Its streams end with it, but for those of a link that ends in good order: they have connections of their own, and a
+    /// while for what is on its way.
+    cut: CancellationToken,
     why: OnceLock<String>,
     own_reason: OnceLock<Close>,
 }
@@ -109,6 +112,7 @@ impl TcpLink {
             incoming: AsyncMutex::new(rx),
             slots: Arc::new(Semaphore::new(config.max_connections_per_link)),
             closed: CancellationToken::new(),
+            cut: CancellationToken::new(),
             why: OnceLock::new(),
             own_reason: OnceLock::new(),
         }
@@ -160,8 +164,18 @@ impl TcpLink {
         self.end();
     }
 
-    fn end(&self) {
+    /// The peer has drained: no streams any more, and those that it has finished may still have bytes on their way. The
+    /// caller cuts them off later.
+    pub(crate) fn ended_in_order(&self, why: String) {
+        drop(self.why.set(why));
         self.closed.cancel();
+        self.lock().clear();
+    }
+
+    /// Ends what streams are left.
+    pub(crate) fn end(&self) {
+        self.closed.cancel();
+        self.cut.cancel();
         self.lock().clear();
     }
 
@@ -252,6 +266,7 @@ impl TcpLink {
 impl Drop for TcpLink {
     fn drop(&mut self) {
         self.closed.cancel();
+        self.cut.cancel();
     }
 }
 
