@@ -55,7 +55,7 @@ for target in "${targets[@]}"; do
   wait "$pid" || status=$?
   trap - EXIT
   if [ "$status" -ne 0 ]; then
-    grep -aEA12 "panicked at|ERROR: libFuzzer|SUMMARY" "$log" | head -n 40 >&2 || tail -n 20 "$log" >&2
+    grep -aEA12 "panicked at|ERROR: libFuzzer|SUMMARY" "$log" | head -n 40 | cut -c1-300 >&2 || tail -n 20 "$log" >&2
     finding=$(sed -n 's/.*Test unit written to //p' "$log" | tail -n 1)
     cat >&2 <<EOF
 

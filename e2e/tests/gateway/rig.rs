@@ -50,6 +50,15 @@ impl Transport {
             Self::Tcp => "tcp",
         }
     }
+
+    /// Files by which a gateway at rest may differ from itself at rest: sockets of peers that are being dialled, and over
+    /// TCP four warm connections each way of each of two links.
+    pub(crate) fn slack(self) -> usize {
+        match self {
+            Self::Quic => 4,
+            Self::Tcp => 4 + 4 * 2 * 2,
+        }
+    }
 }
 
 /// Where a gateway is.
@@ -73,6 +82,7 @@ struct Facts {
 /// Two clusters, east and west, and the gateways between them. Clients enter in the east; endpoints are in the west.
 pub(crate) struct World {
     pub(crate) gateways: BTreeMap<(&'static str, &'static str), Gateway>,
+    pub(crate) transport: Transport,
     endpoints: Vec<SocketAddr>,
     revision: u64,
 }
@@ -94,7 +104,7 @@ impl World {
     ) -> Self {
         drop(fs::remove_dir_all(dir));
         let ca = CertificateAuthority::create(&FEDERATION.parse().unwrap(), DAY).unwrap();
-        let mut world = Self { gateways: BTreeMap::new(), endpoints: endpoints.to_vec(), revision: 0 };
+        let mut world = Self { gateways: BTreeMap::new(), transport, endpoints: endpoints.to_vec(), revision: 0 };
         let western = western.iter().map(|name| ("west", *name));
         for (cluster, name) in [("east", "gateway-1")].into_iter().chain(western) {
             let gateway = Gateway::start(dir, &ca, cluster, name, transport).await;

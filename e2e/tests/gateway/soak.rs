@@ -129,7 +129,8 @@ pub(crate) async fn run(mut world: World, load: Arc<Load>, seed: u64, lasting: D
             assert!(flat.holds(lasting), "{cluster}/{name} grows: {flat}; seed {seed}");
         }
     }
-    let given_back = async || (0..2).all(|i| look(pids[i]).files <= baseline[i].files + 4);
+    let slack = world.transport.slack();
+    let given_back = async || (0..2).all(|i| look(pids[i]).files <= baseline[i].files + slack);
     let what = format!("files are given back, down to {:?}", baseline.map(|s| s.files));
     let waited = wait_for(&what, Duration::from_secs(30), given_back).await;
     waited.unwrap_or_else(|e| panic!("{e}: {:?} are open", pids.map(|pid| look(pid).files)));

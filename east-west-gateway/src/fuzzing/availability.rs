@@ -110,7 +110,7 @@ impl Feed {
         self.poll();
         self.now += MIN_INTERVAL;
         self.poll();
-        assert_eq!(self.heard, self.current, "the last state always arrives");
+        self.agree("the last state always arrives");
         let (more, wait) = self.outbox.poll(&self.current, self.now);
         assert!(more.is_empty() && wait.is_none(), "there is nothing left to say");
     }
@@ -129,9 +129,16 @@ impl Feed {
             assert!(word.apply(&mut self.heard, LIMIT), "the receiver's limit is the sender's");
         }
         match wait {
-            None => assert_eq!(self.heard, self.current, "all is said when nothing waits"),
+            None => self.agree("all is said when nothing waits"),
             Some(at) => assert!(at > self.now && at <= self.now + MIN_INTERVAL, "it waits an interval at most"),
         }
+    }
+
+    fn agree(&self, why: &str) {
+        let differs = |(s, word): &(&ServiceName, &Availability)| self.heard.get(*s) != Some(*word);
+        let missing = self.current.iter().find(differs);
+        let left = self.heard.keys().find(|s| !self.current.contains_key(*s));
+        assert!(missing.is_none() && left.is_none(), "{why}: not heard {missing:?}, still there {left:?}");
     }
 
     fn mention(&mut self, update: &AvailabilityUpdate) {

@@ -13,7 +13,10 @@ use prost::Message;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, SupportedProtocolVersion, crypto::aws_lc_rs, version};
 
 use super::{TARGETS, tests::corpus};
-use crate::{frame, tunnel::outbox::PART};
+use crate::{
+    frame::{self, MAX_HEADER},
+    tunnel::outbox::PART,
+};
 
 const NAME: &str = "80.orders.shop.svc.any.isthmus.example";
 
@@ -152,6 +155,7 @@ fn tunnel() -> Seeds {
     .concat();
     vec![
         ("header", input(0, &[], &bytes(&header("db-0")))),
+        ("header-at-its-limit", input(0, &[], &bytes(&header(&"x".repeat(MAX_HEADER - 83))))),
         ("header-and-hello", input(0, &[20, 1], &opening)),
         ("accept-and-bytes", input(1, &[0], &[accept, b"first bytes".to_vec()].concat())),
         ("reject", input(1, &[2], &reject)),
