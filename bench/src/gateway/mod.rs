@@ -127,6 +127,12 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
     };
     let out = std::path::absolute(&args.out).context("resolve --out")?;
     let dir = out.join("gateway");
+    match std::fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("clear {}", dir.display()));
+        }
+        _ => {}
+    }
     let mut proofs = Vec::new();
     let setting = |place: Place, name: &str| -> anyhow::Result<Setting> {
         Ok(Setting {

@@ -42,6 +42,8 @@ fn config(system: System, setting: &Setting, ports: Ports, end: End) -> Value {
             "pinnedPortBase": ports.spare(),
             "health": ports.admin(&setting.place, end),
         },
+        // As Envoy's: no access log, which would name every connection that a client resets.
+        "telemetry": { "log": { "level": "info,access=off" } },
         "tunnel": { "transport": transport(system), "maxStreamsPerPeer": setting.streams },
     })
 }
@@ -74,7 +76,7 @@ pub(super) fn start(system: System, setting: &Setting, ports: Ports) -> anyhow::
         spec.write(&path)?;
         let program = std::env::current_exe().context("find this program")?;
         let mut command = setting.place.command(end, program);
-        command.args(["node", "--spec"]).arg(&path).env("RUST_LOG", "warn");
+        command.args(["node", "--spec"]).arg(&path);
         Process::start(&name, command, &setting.dir)
     };
     Ok([side(End::Near)?, side(End::Far)?])
