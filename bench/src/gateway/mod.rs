@@ -24,6 +24,7 @@ use std::{path::PathBuf, sync::Arc, time::Instant};
 use anyhow::{Context, bail};
 use clap::ValueEnum;
 use serde::Serialize;
+use serde_json::Value;
 
 use self::{
     certificates::Certificates,
@@ -45,7 +46,8 @@ use crate::{
   isthmus-bench gateway                      everything, three rounds
   isthmus-bench gateway --quick              a rough answer in two minutes
   isthmus-bench gateway --only bulk,rr       some of it
-  isthmus-bench gateway --only wan --systems envoy-h2,ours-quic")]
+  isthmus-bench gateway --only wan --systems envoy-h2,ours-quic
+  isthmus-bench gateway --only wan --ours '{\"tunnel\":{\"congestion\":\"bbr\"}}'")]
 pub(crate) struct Args {
     /// A rough answer in two minutes: one round, fewer sizes.
     #[arg(long)]
@@ -62,6 +64,9 @@ pub(crate) struct Args {
     /// Threads of the client, and of the server.
     #[arg(long, default_value_t = 1)]
     threads: usize,
+    /// Keys for our gateways' configuration, as JSON, over the defaults: for trying things out.
+    #[arg(long, value_name = "JSON", value_parser = ours::keys)]
+    ours: Option<Value>,
     /// Folder for results, configurations and logs.
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -110,6 +115,9 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
     let mut samples = Samples::default();
     let systems: Vec<System> =
         System::ALL.into_iter().filter(|s| args.systems.is_empty() || args.systems.contains(s)).collect();
+    if let Some(keys) = &args.ours {
+        samples.note(format!("our gateways are configured with {keys}"));
+    }
     let plan = plan(args, &systems, &mut samples);
     let wanted = |section| args.only.is_empty() || args.only.contains(&section);
     let envoy = envoy::find(isthmus_e2e::federation::repository())?;
@@ -127,6 +135,12 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
     };
     let out = std::path::absolute(&args.out).context("resolve --out")?;
     let dir = out.join("gateway");
+    match std::fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("clear {}", dir.display()));
+        }
+        _ => {}
+    }
     let mut proofs = Vec::new();
     let setting = |place: Place, name: &str| -> anyhow::Result<Setting> {
         Ok(Setting {
@@ -136,6 +150,7 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
             dir: dir.join(name),
             workers,
             streams: 16_384,
+            ours: args.ours.clone().unwrap_or_default(),
         })
     };
     if [Section::Bulk, Section::Rr, Section::Connect, Section::Memory].into_iter().any(wanted) {

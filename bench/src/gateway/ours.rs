@@ -32,7 +32,7 @@ pub(super) fn server_name() -> anyhow::Result<String> {
 /// The gateway's configuration for `system`, at `end`.
 fn config(system: System, setting: &Setting, ports: Ports, end: End) -> Value {
     let entry = ports.entry(&setting.place).port();
-    json!({
+    let mut config = json!({
         "name": "gateway-1",
         "stateDir": setting.dir.join(stem(end)),
         "listen": {
@@ -42,8 +42,32 @@ fn config(system: System, setting: &Setting, ports: Ports, end: End) -> Value {
             "pinnedPortBase": ports.spare(),
             "health": ports.admin(&setting.place, end),
         },
+        // As Envoy's: no access log, which would name every connection that a client resets.
+        "telemetry": { "log": { "level": "info,access=off" } },
         "tunnel": { "transport": transport(system), "maxStreamsPerPeer": setting.streams },
-    })
+    });
+    lay_over(&mut config, &setting.ours);
+    config
+}
+
+/// What `--ours` takes: an object.
+pub(super) fn keys(text: &str) -> anyhow::Result<Value> {
+    let value: Value = serde_json::from_str(text).context("this is not JSON")?;
+    ensure!(value.is_object(), "write an object, such as {{\"tunnel\":{{\"mtu\":6400}}}}");
+    Ok(value)
+}
+
+/// Sets the keys of `over`, and leaves the others.
+fn lay_over(config: &mut Value, over: &Value) {
+    match (config, over) {
+        (Value::Object(config), Value::Object(over)) => {
+            for (key, value) in over {
+                lay_over(config.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (_, Value::Null) => {}
+        (config, value) => *config = value.clone(),
+    }
 }
 
 /// The value of `tunnel.transport`.
@@ -74,7 +98,7 @@ pub(super) fn start(system: System, setting: &Setting, ports: Ports) -> anyhow::
         spec.write(&path)?;
         let program = std::env::current_exe().context("find this program")?;
         let mut command = setting.place.command(end, program);
-        command.args(["node", "--spec"]).arg(&path).env("RUST_LOG", "warn");
+        command.args(["node", "--spec"]).arg(&path);
         Process::start(&name, command, &setting.dir)
     };
     Ok([side(End::Near)?, side(End::Far)?])
@@ -95,5 +119,22 @@ pub(super) async fn prove(system: System, place: &Place, ports: Ports) -> anyhow
         }
         ensure!(Instant::now() < deadline, "no link is up: {text}");
         sleep(Duration::from_millis(100)).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_laid_over_and_the_others_stay() {
+        let mut config = json!({ "name": "a", "tunnel": { "transport": "quic", "mtu": 1_452 } });
+        lay_over(&mut config, &keys(r#"{"tunnel":{"mtu":6400,"congestion":"bbr"}}"#).unwrap());
+        let expected = json!({ "name": "a", "tunnel": { "transport": "quic", "mtu": 6_400, "congestion": "bbr" } });
+        assert_eq!(config, expected);
+        let before = config.clone();
+        lay_over(&mut config, &Value::Null);
+        assert_eq!(config, before);
+        assert!(keys("[1]").is_err() && keys("tunnel").is_err());
     }
 }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use serde_json::Value;
 use tokio::time::sleep;
 
 use super::{
@@ -116,6 +117,8 @@ pub(super) struct Setting {
     pub(super) workers: usize,
     /// Streams that a tunnel's connection must be able to carry.
     pub(super) streams: usize,
+    /// Keys over our gateways' configuration.
+    pub(super) ours: Value,
 }
 
 impl Setting {
