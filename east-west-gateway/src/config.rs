@@ -110,6 +110,8 @@ pub struct TunnelConfig {
     pub socket_buffer_bytes: usize,
     /// QUIC's congestion controller.
     pub congestion: Congestion,
+    /// While a path loses packets, small ones are sent twice (QUIC): a lost request then costs no round trip.
+    pub redundancy: bool,
     /// QUIC connections to each peer gateway.
     pub connections_per_peer: usize,
     /// What the links that this gateway dials run over.
@@ -140,8 +142,10 @@ pub enum LinkTransport {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Congestion {
-    /// RFC 9438.
+    /// CUBIC that does not take sparse losses without a queue for congestion.
     #[default]
+    Tolerant,
+    /// RFC 9438.
     Cubic,
     /// Model-based; for paths that lose packets without being congested. Experimental in the library we use.
     Bbr,
@@ -208,6 +212,7 @@ impl Default for TunnelConfig {
             connection_window_bytes: 16 << 20,
             socket_buffer_bytes: 4 << 20,
             congestion: Congestion::default(),
+            redundancy: true,
             connections_per_peer: 1,
             transport: LinkTransport::default(),
             links: BTreeMap::new(),

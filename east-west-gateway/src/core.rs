@@ -36,7 +36,7 @@ use crate::{
     standing::Standing,
     tunnel::{
         accept::Inbound,
-        link::{Link, quic::Identity, tcp},
+        link::{Link, quic::Identity, redundancy::Redundancy, tcp},
         registry::Registry,
     },
     view::View,
@@ -60,6 +60,8 @@ pub(crate) struct Core {
     pub(crate) overload: Overload,
     /// What the agent is told of this gateway.
     pub(crate) standing: Standing,
+    /// Which paths lose packets (QUIC).
+    pub(crate) redundancy: Arc<Redundancy>,
     /// Links that peers have dialled over TCP.
     pub(crate) tcp_links: tcp::Links,
     /// Links of peers, and their QUIC handshakes.
@@ -102,12 +104,13 @@ pub(crate) struct Parts {
     pub(crate) tasks: Tasks,
     pub(crate) steps: Steps,
     pub(crate) shelf: Shelf,
+    pub(crate) redundancy: Arc<Redundancy>,
 }
 
 impl Core {
     /// A core at rest.
     pub(crate) fn new(parts: Parts) -> Self {
-        let Parts { config, cluster, identity, view, metrics, tasks, steps, shelf } = parts;
+        let Parts { config, cluster, identity, view, metrics, tasks, steps, shelf, redundancy } = parts;
         let closing = CancellationToken::new();
         let slots = |n: usize| Arc::new(Semaphore::new(n));
         let ingress = &config.ingress;
@@ -133,6 +136,7 @@ impl Core {
             carried: TaskTracker::new(),
             replays: Mutex::new(replays),
             ids: AtomicU64::new(1),
+            redundancy,
             config,
             cluster,
             identity,

@@ -43,6 +43,7 @@ use crate::{
         accept,
         link::{
             quic::{self, Identity},
+            redundancy::Redundancy,
             tcp,
         },
         peers,
@@ -309,7 +310,8 @@ impl Starting {
             Some(successor) => successor.tunnel(self.tunnel, lost)?,
             None => SharedSocket::alone(self.tunnel, lost)?,
         };
-        let endpoint = quic::endpoint(tunnel.clone(), &self.config.tunnel, &identity, garbage)?;
+        let redundancy = Arc::new(Redundancy::default());
+        let endpoint = quic::endpoint(tunnel.clone(), redundancy.clone(), &self.config.tunnel, &identity, garbage)?;
         self.metrics.svid_expiry(identity.source.current().not_after().0);
         let core = Arc::new(Core::new(Parts {
             config: self.config.clone(),
@@ -320,6 +322,7 @@ impl Starting {
             tasks: self.tasks.clone(),
             steps: self.steps,
             shelf: self.shelf,
+            redundancy,
         }));
         if let Some(agent) = &agent {
             core.observed.recall(agent.past(&core.metrics));

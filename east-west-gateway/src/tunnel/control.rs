@@ -180,6 +180,9 @@ impl Running<'_> {
                 tunnel.load.store(load_permille.min(1_000_000), Ordering::Relaxed);
                 core.metrics.rtt(&tunnel.cluster, rtt);
                 core.metrics.path(tunnel);
+                if core.config.tunnel.redundancy && tunnel.is_lossy() {
+                    core.redundancy.lossy(tunnel.link.remote_address());
+                }
             }
             Some(Told::Goaway { successor: true }) if matches!(tunnel.origin, Origin::Dialled(_)) => {
                 tracing::info!(cluster = %tunnel.cluster, gateway = tunnel.gateway, "peer is succeeded");

@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     inbox::{MAX_SERVICES, Word},
-    link::Link,
+    link::{Link, redundancy::LOSSY_PPM},
     outbox::Table,
     stalled::Stalled,
 };
@@ -163,6 +163,11 @@ impl Tunnel {
         let packets = self.packets();
         let share = packets.lost_of_late / packets.sent_of_late.max(1.0);
         (share.clamp(0.0, 1.0) * 1e6) as u32
+    }
+
+    /// It loses packets, and that is more than an accident.
+    pub(crate) fn is_lossy(&self) -> bool {
+        self.packets().lost_of_late >= 3.0 && self.loss_ppm() >= LOSSY_PPM
     }
 
     fn packets(&self) -> MutexGuard<'_, Packets> {

@@ -102,6 +102,7 @@ impl Gateway {
             tasks: tasks.clone(),
             steps: Steps::afresh(),
             shelf: Shelf::default(),
+            redundancy: Arc::default(),
         }));
         let listener = TcpListener::bind(rig::local(0)).await.unwrap();
         let auto = listener.local_addr().unwrap();

@@ -6,7 +6,9 @@
 //! may do is judged by whoever uses the link.
 
 pub(crate) mod quic;
+pub(crate) mod redundancy;
 pub(crate) mod tcp;
+mod tolerant;
 
 use std::{
     future::Future,

@@ -22,7 +22,11 @@ use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
 use rustls::pki_types::CertificateDer;
 use socket2::SockRef;
 
-use super::{Fresh, Link, Path, RecvHalf, SendHalf};
+use super::{
+    Fresh, Link, Path, RecvHalf, SendHalf,
+    redundancy::{Redundancy, Redundant},
+    tolerant::TolerantConfig,
+};
 use crate::{
     config::{Congestion, TunnelConfig},
     handover::{cids::CidKey, socket::SharedSocket},
@@ -92,13 +96,14 @@ pub(crate) fn gateway_of(federation: &TrustDomain, cluster: &ClusterName) -> Pee
 /// ours.
 pub(crate) fn endpoint(
     socket: Arc<SharedSocket>,
+    redundancy: Arc<Redundancy>,
     config: &TunnelConfig,
     identity: &Identity,
     garbage: Counter,
 ) -> Result<Endpoint, EndpointError> {
     grow_buffers(&*socket, config.socket_buffer_bytes);
     let key = socket.key();
-    endpoint_on(socket, key, config, identity, garbage)
+    endpoint_on(Arc::new(Redundant::new(socket, redundancy)), key, config, identity, garbage)
 }
 
 /// The same on anything that sends and receives datagrams; connection IDs are issued under `key`.
@@ -180,6 +185,7 @@ pub(crate) fn path(connection: &quinn::Connection) -> Path {
 
 fn congestion(config: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
     match config {
+        Congestion::Tolerant => Arc::new(TolerantConfig::default()),
         Congestion::Cubic => Arc::new(CubicConfig::default()),
         Congestion::Bbr => Arc::new(BbrConfig::default()),
         Congestion::NewReno => Arc::new(NewRenoConfig::default()),
