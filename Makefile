@@ -6,6 +6,7 @@ CARGO ?= cargo
 STAY ?=
 WHAT ?=
 TIME ?= 60
+QUICK ?=
 
 # Integration tests by file, so that a new one is never forgotten. Always with --workspace: a part alone would be built with
 # other features, that is, twice.
@@ -13,7 +14,7 @@ targets = $(foreach file,$(1),--test $(basename $(notdir $(file))))
 E2E_TESTS := $(wildcard e2e/tests/*.rs)
 UNIT_TESTS := $(filter-out $(E2E_TESTS),$(wildcard */tests/*.rs libs/*/tests/*.rs))
 
-.PHONY: help demo test check lint unit e2e fuzz fuzz-seeds envoy tools build fmt clean
+.PHONY: help demo test check lint unit e2e bench fuzz fuzz-seeds envoy tools build fmt clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -47,6 +48,18 @@ fuzz: ## Fuzz the gateway's decoders, TIME=60 seconds each (WHAT=tunnel, hello o
 
 fuzz-seeds: ## Write fuzz/corpus/ anew, from real hellos and frames
 	@$(CARGO) test --workspace --lib --locked -q -- --ignored --exact fuzzing::seeds::write_seeds
+
+bench: ## Measure beside Envoy, release build: WHAT=gateway or failover (QUICK=1: a rough answer in two minutes)
+	@case "$(WHAT)" in gateway|failover) ;; *) \
+	  [ -z "$(WHAT)" ] || echo "There is no benchmark '$(WHAT)'." >&2; \
+	  echo "make bench WHAT=gateway    throughput, latency, new connections, memory, a long path with loss" >&2; \
+	  echo "make bench WHAT=failover   failed requests when gateways and clusters fail" >&2; \
+	  echo "QUICK=1 gives a rough answer in two minutes." >&2; exit 2;; esac
+	@deploy/tools/require.sh cc setpriv ip nft python3 pip
+	@$(MAKE) --no-print-directory envoy
+	@echo "== release build"
+	@CARGO_INCREMENTAL=0 $(CARGO) build --release --workspace --bins --locked
+	@target/release/isthmus-bench $(WHAT) $(if $(QUICK),--quick)
 
 build: ## All programs, debug
 	@echo "== build"

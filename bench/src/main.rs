@@ -11,6 +11,8 @@ mod node;
 mod report;
 mod wan;
 
+use std::process::ExitCode;
+
 use clap::Parser;
 
 /// Benchmarks of Isthmus against its rivals.
@@ -37,9 +39,20 @@ enum Args {
 }
 
 #[tokio::main]
-async fn main() -> anyhow::Result<()> {
+async fn main() -> ExitCode {
     isthmus_identity::install_crypto();
-    match Args::parse() {
+    match run(Args::parse()).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // The chain in one line, without a backtrace: what is wrong is for whoever measures, not for us.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(args: Args) -> anyhow::Result<()> {
+    match args {
         Args::Gateway(args) => gateway::run(args).await,
         Args::Failover(args) => failover::run(args).await,
         Args::Wan(args) => wan::run(args).await,

@@ -39,7 +39,7 @@ use crate::report::machine::Machine;
 pub(crate) struct Args {
     /// One round with less patience instead of three
     #[arg(long)]
-    pub quick: bool,
+    quick: bool,
     /// Only these faults
     #[arg(long, value_enum, value_delimiter = ',')]
     only: Vec<Fault>,

@@ -82,18 +82,18 @@ impl Plan {
         let most = most.min(2_000);
         Self {
             rounds: 1,
-            bulk: Bulk { streams: &[1, 8], span: span(0.3, 0.7) },
-            exchange: Exchange { connections: vec![100, most], closed: span(0.2, 0.6), paced: span(0.2, 1.0) },
+            bulk: Bulk { streams: &[1, 8], span: span(0.2, 0.6) },
+            exchange: Exchange { connections: vec![100, most], closed: span(0.2, 0.5), paced: span(0.2, 0.8) },
             connect: Connect { at_once: 32, span: span(0.1, 0.5) },
             memory: Memory { connections: most, rounds: 1, paced: span(0.2, 0.6) },
             wan: Wan {
                 rtt_ms: 40,
                 losses: &[0.0, 1.0],
                 connections: 64,
-                paced: span(0.3, 1.5),
-                connect: span(0.1, 0.9),
+                paced: span(0.3, 1.2),
+                connect: span(0.1, 0.6),
                 streams: &[8],
-                bulk: span(0.7, 1.0),
+                bulk: span(0.5, 0.8),
             },
         }
     }

@@ -23,10 +23,11 @@ pub(super) struct Process {
 }
 
 impl Process {
-    /// Starts `command` with its output in `<dir>/<name>.log`.
+    /// Starts `command` with its output at the end of `<dir>/<name>.log`.
     pub(super) fn start(name: &str, mut command: Command, dir: &Path) -> anyhow::Result<Self> {
         let log = dir.join(format!("{name}.log"));
-        let file = File::create(&log).with_context(|| format!("create {}", log.display()))?;
+        let file = File::options().create(true).append(true).open(&log);
+        let file = file.with_context(|| format!("open {}", log.display()))?;
         command.stdin(Stdio::null()).stdout(file.try_clone().context("share a log")?).stderr(file);
         // Ctrl-C at the terminal is for us, who then end it.
         let child = command.process_group(0).kill_on_drop(true).spawn().with_context(|| format!("start {name}"))?;

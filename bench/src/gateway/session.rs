@@ -59,7 +59,7 @@ impl Progress {
         self.done += 1;
         let Step { section, what, round, rounds } = step;
         let (width, of) = (self.of.to_string().len(), self.of);
-        print!("{section:<8} {:>width$}/{of}  round {round}/{rounds}  {what:<44} {:<10}", self.done, system.name());
+        print!("{section:<8} {:>width$}/{of}  round {round}/{rounds}  {what:<54} {:<10}", self.done, system.name());
         // Progress that cannot be shown is no reason to stop.
         std::io::stdout().flush().ok();
     }
@@ -81,6 +81,7 @@ impl Session {
             let running = Running::start(*system, &session.setting, &mut session.client).await?;
             session.systems.push(running);
         }
+        session.prove().await?;
         Ok(session)
     }
 
@@ -127,7 +128,7 @@ impl Session {
         Ok(())
     }
 
-    /// Fails if a system's traffic went another way than its name says.
+    /// Fails if a system's traffic went another way than its name says, so far.
     pub(super) async fn prove(&self) -> anyhow::Result<()> {
         for running in &self.systems {
             running.prove(&self.setting.place).await?;

@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+use serde_json::Value;
 use tokio::time::sleep;
 
 use super::{
@@ -116,6 +117,8 @@ pub(super) struct Setting {
     pub(super) workers: usize,
     /// Streams that a tunnel's connection must be able to carry.
     pub(super) streams: usize,
+    /// Keys over our gateways' configuration.
+    pub(super) ours: Value,
 }
 
 impl Setting {
@@ -200,7 +203,7 @@ impl Running {
     /// Waits until it has done what was left to do; gives up after a while, since some never rest.
     pub(super) async fn rest(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + REST_WITHIN;
-        let pause = Duration::from_millis(100);
+        let pause = Duration::from_millis(60);
         while Instant::now() < deadline {
             let before = self.cpu()?.unwrap_or_default();
             sleep(pause).await;
@@ -225,4 +228,26 @@ impl Running {
 /// The address as a configuration of Envoy's writes it.
 pub(super) fn host(ip: IpAddr) -> String {
     ip.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn no_two_systems_share_a_port() {
+        let place = Place::together(None);
+        let mut seen = BTreeSet::from([SocketAddr::new(place.local(End::Far), SERVER_PORT)]);
+        for system in System::ALL {
+            let ports = Ports::of(system);
+            let tunnels = [End::Near, End::Far].map(|end| ports.tunnel(&place, end));
+            let admins = [End::Near, End::Far].map(|end| ports.admin(&place, end));
+            for address in [ports.entry(&place)].into_iter().chain(tunnels).chain(admins) {
+                assert!(address.port() < ports.spare());
+                assert!(seen.insert(address), "{system:?}: {address} is taken");
+            }
+        }
+    }
 }

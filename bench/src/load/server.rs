@@ -227,7 +227,7 @@ impl Conn {
             }
             State::Echo(size) => {
                 let size = *size;
-                if !self.held.is_empty() || bytes.len() % size != 0 {
+                if !self.held.is_empty() || !bytes.len().is_multiple_of(size) {
                     self.held.extend_from_slice(bytes);
                     let whole = self.held.len() - self.held.len() % size;
                     let rest = self.held.split_off(whole);
@@ -286,4 +286,13 @@ fn write_some(tcp: &mut TcpStream, bytes: &[u8]) -> io::Result<usize> {
         }
     }
     Ok(sent)
+}
+
+/// A server on a free port for as long as the process lives.
+#[cfg(test)]
+pub(super) fn in_background() -> SocketAddr {
+    let shard = Shard::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let address = shard.listener.local_addr().unwrap();
+    std::thread::spawn(move || shard.serve());
+    address
 }

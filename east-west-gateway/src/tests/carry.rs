@@ -189,7 +189,9 @@ async fn a_silent_endpoint_is_replayed_elsewhere_within_its_deadline(over: LinkT
     let _held = silent.accept().await;
     assert_eq!(read(&mut client, 4).await, b"west");
     let metrics = &gateways[0].core().await.metrics;
-    assert_eq!(metrics.attempted(&cluster("central"), "rejected_timeout"), 1);
+    // Whether the far gateway's word still comes in time depends on how busy this machine is.
+    let ends = ["rejected_timeout", "silent"].map(|end| metrics.attempted(&cluster("central"), end));
+    assert_eq!(ends.iter().sum::<u64>(), 1, "{ends:?}");
 }
 
 async fn a_gateway_killed_mid_handshake_is_replayed_around(over: LinkTransport) {

@@ -173,6 +173,10 @@ async fn upgrade_under_load(over: LinkTransport) {
     for lasting in &mut lasting {
         lasting.works().await;
     }
+    let dialled = || stage.west.inspector.tunnels().iter().map(|t| t.links - t.accepted).sum::<usize>();
+    let lanes = stage.west.core().await.config.tunnel.connections_per_peer;
+    let both = if over == LinkTransport::Tcp { 2 } else { lanes + 1 };
+    until("west has dialled the successor, too", || dialled() >= both).await;
     // Past the moment from which the predecessor refuses streams, and then some.
     before.closing.cancelled().await;
     let so_far = count.load(Ordering::Relaxed);

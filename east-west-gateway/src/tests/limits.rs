@@ -2,7 +2,10 @@
 
 use std::{io::ErrorKind, net::SocketAddr, time::Duration};
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use super::rig::{Gateway, Server, introduce, knock, read, sni, until};
 use crate::testkit::cluster;
@@ -67,9 +70,10 @@ async fn a_gateway_short_of_memory_sends_new_streams_elsewhere_and_finishes_what
     let mut pinned = knock(to_north, &sni(Some("north"))).await;
     assert!(pinned.read(&mut [0; 1]).await.is_err(), "nowhere else to go");
     // Its own sidecars are turned away at once, too.
-    let mut own = knock(gateways[1].auto, &sni(None)).await;
-    assert!(matches!(own.read(&mut [0; 1]).await, Ok(0) | Err(_)));
-    assert_eq!(north.metrics.rejected("overloaded_memory"), 1);
+    if let Ok(mut own) = TcpStream::connect(gateways[1].auto).await {
+        assert!(matches!(own.read(&mut [0; 1]).await, Ok(0) | Err(_)));
+    }
+    until("that was counted", || north.metrics.rejected("overloaded_memory") == 1).await;
 
     first.write_all(b"still").await.unwrap();
     assert_eq!(read(&mut first, 5).await, b"still");

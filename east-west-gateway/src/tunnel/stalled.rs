@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -58,8 +59,8 @@ pub(crate) struct Place {
 
 impl Place {
     /// Resolves when this one is to end.
-    pub(crate) async fn given_up(&self) {
-        self.given_up.cancelled().await;
+    pub(crate) fn given_up(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.given_up.clone().cancelled_owned()
     }
 }
 

@@ -29,7 +29,7 @@ pub(in crate::gateway) async fn run(session: &mut Session, plan: &Plan, samples:
                 let work = async |session: &mut Session, samples: &mut Samples| {
                     flat_out(session, index, *connections, plan.exchange.closed, samples).await
                 };
-                session.step((&step, &mut progress), index, (&[metric.clone()], samples), work).await?;
+                session.step((&step, &mut progress), index, (std::slice::from_ref(&metric), samples), work).await?;
             }
         }
     }

@@ -12,11 +12,11 @@ use crate::{gateway::samples::Samples, load::histogram::Summary};
 const MICRO: f64 = 1e-6;
 
 /// The quantiles that are reported.
-const NAMES: [&str; 3] = ["p50", "p99", "p99.9"];
+const NAMES: [&str; 4] = ["p50", "p90", "p99", "p99.9"];
 
 /// Their values, by name.
-fn quantiles(latency: &Summary) -> [(&'static str, f64); 3] {
-    [("p50", latency.p50), ("p99", latency.p99), ("p99.9", latency.p999)]
+fn quantiles(latency: &Summary) -> [(&'static str, f64); 4] {
+    [("p50", latency.p50), ("p90", latency.p90), ("p99", latency.p99), ("p99.9", latency.p999)]
 }
 
 /// Says so where something was lost: a latency without it would be too good.

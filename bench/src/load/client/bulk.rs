@@ -69,6 +69,7 @@ impl Shard {
         self.pump_until(from + Duration::from_secs_f64(span.measure), way, &mut streams, &mut ready)?;
         let seconds = from.elapsed().as_secs_f64();
         let rates = || streams.iter().map(|s| (s.arrived - s.before) as f64 * 8.0 / seconds);
+        ensure!(rates().any(|rate| rate > 0.0), "nothing arrived");
         Ok(Moved {
             rate: rates().sum(),
             slowest: rates().fold(f64::INFINITY, f64::min),

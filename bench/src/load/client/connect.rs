@@ -7,7 +7,7 @@ use std::{
 
 use anyhow::{Context, ensure};
 
-use super::shard::{Conn, LOOK, Progress, Shard, token};
+use super::shard::{Conn, LOOK, Progress, Retries, Shard, token};
 use crate::load::{command::Span, histogram::Histogram};
 
 /// What one thread saw.
@@ -40,27 +40,40 @@ impl Shard {
         let mut seen = Seen::default();
         let mut ready = Vec::new();
         let mut looked = Instant::now();
+        let mut retries = Retries::default();
         loop {
             let now = Instant::now();
             if now >= until {
                 return Ok(seen);
             }
-            self.poll.wait(&mut ready, Some((until - now).min(LOOK))).context("wait for events")?;
+            while let Some(place) = retries.pop() {
+                self.renew(address, place)?;
+            }
+            let next = retries.next().unwrap_or(until).min(until);
+            self.poll
+                .wait(&mut ready, Some(next.saturating_duration_since(now).min(LOOK)))
+                .context("wait for events")?;
             for event in &ready {
-                let Some(conn) = token(event.token).and_then(|place| self.conns.get_mut(place)) else { continue };
+                let Some(place) = token(event.token) else { continue };
+                let Some(conn) = self.conns.get_mut(place).filter(|conn| conn.is_young()) else { continue };
                 let now = Instant::now();
                 match conn.step(*event, &self.poll, hello, None) {
                     Progress::Waiting => continue,
                     Progress::Up if now >= from && now < until => seen.latency.record(now - conn.began),
                     Progress::Up => {}
-                    Progress::Broken => seen.failed += 1,
+                    Progress::Broken => {
+                        seen.failed += 1;
+                        conn.down(&self.poll).context("stop watching a socket")?;
+                        retries.push(place);
+                        continue;
+                    }
                 }
                 // Replacing it closes it, in the ordinary way.
                 *conn = Conn::begin(address, &self.poll, event.token).context("begin to connect")?;
             }
             if looked.elapsed() > LOOK {
                 looked = Instant::now();
-                seen.failed += self.replace_late(address).context("begin to connect again")?;
+                seen.failed += self.give_up_late(&mut retries)? as u64;
             }
             let allowed = 100 + seen.latency.count() / 10;
             ensure!(seen.failed <= allowed, "{} connections to {address} failed; giving up", seen.failed);

@@ -14,12 +14,14 @@ use anyhow::{Context, ensure};
 
 use super::{
     Part,
-    shard::{Conn, LOOK, Progress, Shard, Stage, token},
+    shard::{LOOK, Progress, Retries, Shard, Stage, token},
 };
 use crate::load::{command::Span, histogram::Histogram, poll::Ready};
 
 /// For answers still under way when the time is over.
 const GRACE: Duration = Duration::from_secs(5);
+/// Broken connections that are brought back at one time.
+const AT_ONCE: usize = 64;
 /// What is compared.
 const MARK: usize = 16;
 
@@ -61,6 +63,9 @@ struct Run {
     answered: u64,
     seen: Seen,
     request: Vec<u8>,
+    /// Connections that broke, and those of them that are on their way back.
+    retries: Retries,
+    young: usize,
 }
 
 impl Shard {
@@ -97,6 +102,8 @@ impl Run {
             answered: 0,
             seen: Seen::default(),
             request: vec![0xa5; shard.size],
+            retries: Retries::default(),
+            young: 0,
         }
     }
 
@@ -110,16 +117,16 @@ impl Run {
                 break;
             }
             self.send_due(shard, now);
+            self.revive(shard)?;
             shard.poll.wait(&mut ready, Some(self.pause(Instant::now()))).context("wait for events")?;
             for event in &ready {
                 self.step(shard, *event)?;
             }
             if looked.elapsed() > LOOK {
                 looked = Instant::now();
-                let (address, _) = shard.again.as_ref().context("no connection is open")?;
-                self.seen.failed += shard.replace_late(*address).context("begin to connect again")?;
+                self.young -= shard.give_up_late(&mut self.retries)?;
             }
-            ensure!(self.seen.failed <= allowed, "{} requests or connections failed; giving up", self.seen.failed);
+            ensure!(self.seen.failed <= allowed, "{} connections broke; giving up", self.seen.failed);
         }
         self.give_up_on_the_rest(shard)?;
         self.seen.rate = self.answered as f64 / span.measure;
@@ -133,7 +140,20 @@ impl Run {
             Due::Paced { next, .. } if next < self.until => next.min(end),
             _ => end,
         };
+        let next = self.retries.next().map_or(next, |at| at.min(next));
         next.saturating_duration_since(now).min(LOOK)
+    }
+
+    /// Brings broken connections back, some at a time.
+    fn revive(&mut self, shard: &mut Shard) -> anyhow::Result<()> {
+        while self.young < AT_ONCE
+            && let Some(index) = self.retries.pop()
+        {
+            let (address, _) = shard.again.as_ref().context("no connection is open")?;
+            shard.renew(*address, index)?;
+            self.young += 1;
+        }
+        Ok(())
     }
 
     fn send_due(&mut self, shard: &mut Shard, now: Instant) {
@@ -176,13 +196,20 @@ impl Run {
             let (_, hello) = shard.again.as_ref().context("no connection is open")?;
             match conn.step(event, &shard.poll, hello, Some(order)) {
                 Progress::Waiting => {}
-                Progress::Up => self.go_on(shard, index),
-                Progress::Broken => self.replace(shard, index)?,
+                Progress::Up => {
+                    self.young -= 1;
+                    self.go_on(shard, index);
+                }
+                Progress::Broken => {
+                    self.young -= 1;
+                    conn.down(&shard.poll).context("stop watching a socket")?;
+                    self.retries.push(index);
+                }
             }
             return Ok(());
         }
         match read_some(&mut conn.tcp, &mut shard.scratch) {
-            Ok(Some(0)) | Err(_) => self.replace(shard, index),
+            Ok(Some(0)) | Err(_) => self.lost(shard, index),
             Ok(None) => Ok(()),
             Ok(Some(n)) => {
                 let Some(slot) = self.slots.get_mut(index) else { return Ok(()) };
@@ -232,62 +259,32 @@ impl Run {
         }
     }
 
-    /// Its connection broke: the request is lost, and another connection takes its place.
-    fn replace(&mut self, shard: &mut Shard, index: usize) -> anyhow::Result<()> {
+    /// Its connection broke: the request is lost, and another connection will take its place.
+    fn lost(&mut self, shard: &mut Shard, index: usize) -> anyhow::Result<()> {
         self.seen.failed += 1;
         if let Some(slot) = self.slots.get_mut(index)
             && slot.waiting.take().is_some()
         {
             self.waiting -= 1;
         }
-        shard.renew(index)
-    }
-
-    /// Requests that are still open have failed, and took at least this long.
-    fn give_up_on_the_rest(&mut self, shard: &mut Shard) -> anyhow::Result<()> {
-        let now = Instant::now();
-        for (index, slot) in self.slots.iter_mut().enumerate() {
-            let open = slot.waiting.take();
-            if open.is_some() {
-                shard.renew(index)?;
-            }
-            for due in open.into_iter().chain(slot.backlog.drain(..)) {
-                self.seen.failed += 1;
-                self.seen.latency.record(now - due);
-            }
-        }
-        shard.wait_until_up()
-    }
-}
-
-impl Shard {
-    /// Replaces a connection by a new one that is still to come up.
-    fn renew(&mut self, index: usize) -> anyhow::Result<()> {
-        let (address, _) = self.again.as_ref().context("no connection is open")?;
-        let young = Conn::begin(*address, &self.poll, index as u64).context("begin to connect again")?;
-        if let Some(conn) = self.conns.get_mut(index) {
-            std::mem::replace(conn, young).abort();
+        if let Some(conn) = shard.conns.get_mut(index) {
+            conn.down(&shard.poll).context("stop watching a socket")?;
+            self.retries.push(index);
         }
         Ok(())
     }
 
-    fn wait_until_up(&mut self) -> anyhow::Result<()> {
-        let deadline = Instant::now() + super::shard::PATIENCE;
-        let order = self.order();
-        let mut ready = Vec::new();
-        while self.conns.iter().any(|conn| conn.stage != Stage::Up) {
-            ensure!(Instant::now() < deadline, "broken connections could not be replaced");
-            self.poll.wait(&mut ready, Some(LOOK)).context("wait for events")?;
-            for event in &ready {
-                let Some(index) = token(event.token) else { continue };
-                let (_, hello) = self.again.as_ref().context("no connection is open")?;
-                let Some(conn) = self.conns.get_mut(index) else { continue };
-                if conn.stage == Stage::Up {
-                    continue;
-                }
-                if conn.step(*event, &self.poll, hello, Some(order)) == Progress::Broken {
-                    self.renew(index)?;
-                }
+    /// Requests that are still open have failed, and took at least this long. Their connections are of no more use.
+    fn give_up_on_the_rest(&mut self, shard: &mut Shard) -> anyhow::Result<()> {
+        let now = Instant::now();
+        for (slot, conn) in self.slots.iter_mut().zip(&mut shard.conns) {
+            let open = slot.waiting.take();
+            if open.is_some() {
+                conn.down(&shard.poll).context("stop watching a socket")?;
+            }
+            for due in open.into_iter().chain(slot.backlog.drain(..)) {
+                self.seen.failed += 1;
+                self.seen.latency.record(now - due);
             }
         }
         Ok(())

@@ -7,6 +7,8 @@ mod bulk;
 mod connect;
 mod exchange;
 mod shard;
+#[cfg(test)]
+mod tests;
 
 use std::{
     io::{BufRead, Write},
@@ -74,11 +76,11 @@ impl Client {
             }
             Command::Closed { span } => {
                 let parts = self.each(|shard, _| shard.closed_loop(*span))?;
-                answer(added(&parts))
+                answer(added(&parts)?)
             }
             Command::Paced { span, rate } => {
                 let parts = self.each(|shard, part| shard.paced(*span, *rate, part))?;
-                answer(added(&parts))
+                answer(added(&parts)?)
             }
             Command::Bulk { target, streams, way, span } => {
                 let hello = super::hello::write(&target.name)?;
@@ -102,7 +104,9 @@ impl Client {
                 })?;
                 let mut latency = Histogram::default();
                 parts.iter().for_each(|part| latency.merge(&part.latency));
-                let failed = parts.iter().map(|part| part.failed).sum();
+                let failed: u64 = parts.iter().map(|part| part.failed).sum();
+                // No time at all would be the best time of all.
+                ensure!(latency.count() > 0, "no new connection came up, {failed} failed");
                 let latency = latency.summary();
                 answer(Connected { rate: latency.count as f64 / span.measure, latency, failed })
             }
@@ -135,12 +139,13 @@ fn answer(what: impl Serialize) -> anyhow::Result<serde_json::Value> {
     serde_json::to_value(what).context("write an answer")
 }
 
-fn added(parts: &[exchange::Seen]) -> Exchanged {
+fn added(parts: &[exchange::Seen]) -> anyhow::Result<Exchanged> {
     let mut latency = Histogram::default();
     parts.iter().for_each(|part| latency.merge(&part.latency));
     let rate = parts.iter().map(|part| part.rate).sum();
-    let failed = parts.iter().map(|part| part.failed).sum();
-    Exchanged { rate, latency: latency.summary(), failed }
+    let failed: u64 = parts.iter().map(|part| part.failed).sum();
+    ensure!(latency.count() > 0, "no request was answered, {failed} failed");
+    Ok(Exchanged { rate, latency: latency.summary(), failed })
 }
 
 /// One of several that share the work.

@@ -3,8 +3,9 @@
 //! A connection is opened without blocking: connect, hello, greeting, order. The same for all kinds of work.
 
 use std::{
+    collections::VecDeque,
     io::{self, ErrorKind, Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{Shutdown, SocketAddr, TcpStream},
     time::{Duration, Instant},
 };
 
@@ -29,7 +30,13 @@ pub(super) enum Stage {
     Connecting,
     Greeted,
     Up,
+    /// Broken, and not tried again yet.
+    Down,
 }
+
+/// Broken connections that will be tried again, each after a pause: what turns clients away must not be stormed.
+#[derive(Debug, Default)]
+pub(super) struct Retries(VecDeque<(Instant, usize)>);
 
 /// What a step on a young connection brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +116,18 @@ impl Conn {
         }
     }
 
+    /// Gives up on it until it is begun anew.
+    pub(super) fn down(&mut self, poll: &Poll) -> io::Result<()> {
+        self.stage = Stage::Down;
+        drop(self.tcp.shutdown(Shutdown::Both));
+        poll.forget(&self.tcp)
+    }
+
+    /// Neither up nor given up.
+    pub(super) fn is_young(&self) -> bool {
+        matches!(self.stage, Stage::Connecting | Stage::Greeted)
+    }
+
     /// Closes with a reset, at once and without a trace in the port table.
     pub(super) fn abort(self) {
         // Fails only on a socket that is gone already.
@@ -117,6 +136,24 @@ impl Conn {
 }
 
 const EINPROGRESS: i32 = 115;
+const PAUSE: Duration = Duration::from_millis(20);
+
+impl Retries {
+    pub(super) fn push(&mut self, index: usize) {
+        self.0.push_back((Instant::now() + PAUSE, index));
+    }
+
+    /// One whose pause is over.
+    pub(super) fn pop(&mut self) -> Option<usize> {
+        let (at, index) = *self.0.front()?;
+        (at <= Instant::now()).then(|| self.0.pop_front())?.map(|_| index)
+    }
+
+    /// When the next pause is over.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.0.front().map(|(at, _)| *at)
+    }
+}
 
 impl Shard {
     pub(super) fn new(size: u32) -> io::Result<Self> {
@@ -144,9 +181,7 @@ impl Shard {
         at_once: usize,
     ) -> anyhow::Result<u64> {
         self.again = Some((address, hello.to_vec()));
-        let order = self.order();
-        let opened = self.open_with(address, hello, order, wanted, at_once)?;
-        Ok(opened)
+        self.open_with(address, hello, self.order(), wanted, at_once)
     }
 
     /// As [`Self::open`], with an order of one's own.
@@ -161,34 +196,40 @@ impl Shard {
         let deadline = Instant::now() + OPENING;
         let wanted = self.conns.len() + wanted;
         let allowed = 100 + wanted as u64 / 10;
-        let (mut failed, mut young) = (0, 0);
+        let (mut failed, mut young, mut up) = (0, 0, self.conns.len());
+        let mut retries = Retries::default();
         let mut ready = Vec::new();
-        let mut up = self.conns.len();
         let mut looked = Instant::now();
         while up < wanted {
-            while young < at_once && self.conns.len() < wanted {
-                let token = self.conns.len() as u64;
-                self.conns.push(Conn::begin(address, &self.poll, token).context("begin to connect")?);
+            while young < at_once {
+                if let Some(index) = retries.pop() {
+                    self.renew(address, index)?;
+                } else if self.conns.len() < wanted {
+                    let token = self.conns.len() as u64;
+                    self.conns.push(Conn::begin(address, &self.poll, token).context("begin to connect")?);
+                } else {
+                    break;
+                }
                 young += 1;
             }
-            self.poll.wait(&mut ready, Some(Duration::from_millis(100))).context("wait for events")?;
+            self.poll.wait(&mut ready, Some(PAUSE)).context("wait for events")?;
             for event in &ready {
-                let Some(conn) = token(event.token).and_then(|t| self.conns.get_mut(t)) else { continue };
-                if conn.stage == Stage::Up {
-                    continue;
-                }
+                let Some(index) = token(event.token) else { continue };
+                let Some(conn) = self.conns.get_mut(index).filter(|conn| conn.is_young()) else { continue };
                 match conn.step(*event, &self.poll, hello, Some(order)) {
                     Progress::Waiting => {}
                     Progress::Up => (up, young) = (up + 1, young - 1),
                     Progress::Broken => {
-                        failed += 1;
-                        *conn = Conn::begin(address, &self.poll, event.token).context("begin to connect again")?;
+                        conn.down(&self.poll).context("stop watching a socket")?;
+                        retries.push(index);
+                        (failed, young) = (failed + 1, young - 1);
                     }
                 }
             }
             if looked.elapsed() > LOOK {
                 looked = Instant::now();
-                failed += self.replace_late(address).context("begin to connect again")?;
+                let late = self.give_up_late(&mut retries)?;
+                (failed, young) = (failed + late as u64, young - late);
             }
             ensure!(failed <= allowed, "{failed} connections to {address} failed while {up} of {wanted} were open");
             ensure!(Instant::now() < deadline, "only {up} of {wanted} connections to {address} within {OPENING:?}");
@@ -196,16 +237,26 @@ impl Shard {
         Ok(failed)
     }
 
-    /// Tries those again that have been silent for too long since they began, and says how many.
-    pub(super) fn replace_late(&mut self, address: SocketAddr) -> io::Result<u64> {
-        let mut failed = 0;
-        for (token, conn) in self.conns.iter_mut().enumerate() {
-            if conn.stage != Stage::Up && conn.began.elapsed() > PATIENCE {
-                failed += 1;
-                *conn = Conn::begin(address, &self.poll, token as u64)?;
+    /// Gives up on those that have been silent for too long since they began, and says how many.
+    pub(super) fn give_up_late(&mut self, retries: &mut Retries) -> anyhow::Result<usize> {
+        let mut late = 0;
+        for (index, conn) in self.conns.iter_mut().enumerate() {
+            if conn.is_young() && conn.began.elapsed() > PATIENCE {
+                conn.down(&self.poll).context("stop watching a socket")?;
+                retries.push(index);
+                late += 1;
             }
         }
-        Ok(failed)
+        Ok(late)
+    }
+
+    /// A new connection in the place of one that is down.
+    pub(super) fn renew(&mut self, address: SocketAddr, index: usize) -> anyhow::Result<()> {
+        let young = Conn::begin(address, &self.poll, index as u64).context("begin to connect again")?;
+        if let Some(conn) = self.conns.get_mut(index) {
+            std::mem::replace(conn, young).abort();
+        }
+        Ok(())
     }
 }
 

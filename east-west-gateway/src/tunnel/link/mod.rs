@@ -8,7 +8,14 @@
 pub(crate) mod quic;
 pub(crate) mod tcp;
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
@@ -187,6 +194,33 @@ impl SendHalf {
         }
     }
 
+    /// Some of `chunks`, at least a byte; what is written is gone from them.
+    pub(crate) fn poll_write(&mut self, cx: &mut Context<'_>, chunks: &mut [Bytes]) -> Poll<Result<usize, Broken>> {
+        match self {
+            // The future holds nothing between polls that a new one would not find out.
+            Self::Quic(send) => {
+                pin!(send.write_chunks(chunks)).poll(cx).map_ok(|written| written.bytes).map_err(|_| Broken)
+            }
+            Self::Tcp(send) => send.poll_write(cx, chunks),
+        }
+    }
+
+    /// Nothing of what was written is kept back.
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        match self {
+            Self::Quic(_) => Poll::Ready(Ok(())),
+            Self::Tcp(send) => send.poll_flush(cx),
+        }
+    }
+
+    /// As [`SendHalf::finish`].
+    pub(crate) fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        match self {
+            Self::Quic(send) => Poll::Ready(send.finish().map_err(|_| Broken)),
+            Self::Tcp(send) => send.poll_finish(cx),
+        }
+    }
+
     /// Nothing more will be written. Over TCP this waits until the end is handed to the system.
     pub(crate) async fn finish(&mut self) -> Result<(), Broken> {
         match self {
@@ -243,6 +277,18 @@ impl RecvHalf {
                 Ok(chunk.map(|c| c.bytes))
             }
             Self::Tcp(recv) => recv.chunk().await,
+        }
+    }
+
+    /// As [`RecvHalf::chunk`].
+    pub(crate) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        match self {
+            // As in `poll_write`.
+            Self::Quic(recv) => {
+                let read = pin!(recv.read_chunk(64 * 1024, true)).poll(cx);
+                read.map_ok(|chunk| chunk.map(|c| c.bytes)).map_err(|_| Broken)
+            }
+            Self::Tcp(recv) => recv.poll_chunk(cx),
         }
     }
 

@@ -12,7 +12,9 @@ mod verify;
 use std::sync::Arc;
 
 use isthmus_model::ids::SpiffeId;
-use rustls::{ClientConfig, ServerConfig, client::Resumption, crypto::CryptoProvider, server::NoServerSessionStorage};
+use rustls::{
+    CipherSuite, ClientConfig, ServerConfig, client::Resumption, crypto::CryptoProvider, server::NoServerSessionStorage,
+};
 use rustls_pki_types::CertificateDer;
 use sha2::{Digest as _, Sha256};
 
@@ -114,8 +116,11 @@ fn client(
     Ok(config)
 }
 
+/// AES-128 first: as good as unbreakable, and a fifth cheaper per byte than AES-256, which stays on offer.
 fn provider() -> Arc<CryptoProvider> {
-    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+    Arc::new(provider)
 }
 
 fn protocols(alpn: &[&[u8]]) -> Vec<Vec<u8>> {

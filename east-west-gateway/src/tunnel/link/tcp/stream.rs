@@ -9,11 +9,11 @@ use std::{
     io,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use rustls::pki_types::CertificateDer;
 use tokio::{
     io::{AsyncBufRead, AsyncRead, AsyncWrite, ReadBuf},
@@ -96,8 +96,26 @@ impl Sender {
             let written = poll_fn(|cx| self.poll(|tls| tls.poll_write(cx, part))).await?;
             bytes = bytes.get(written..).unwrap_or_default();
         }
-        // Without this a part may stay in rustls' buffer until the next write.
-        poll_fn(|cx| self.poll(|tls| tls.poll_flush(cx))).await
+        poll_fn(|cx| self.poll_flush(cx)).await
+    }
+
+    /// Some of the first of `chunks` that is not empty.
+    pub(crate) fn poll_write(&mut self, cx: &mut Context<'_>, chunks: &mut [Bytes]) -> Poll<Result<usize, Broken>> {
+        let Some(chunk) = chunks.iter_mut().find(|chunk| !chunk.is_empty()) else { return Poll::Ready(Ok(0)) };
+        let part = chunk.get(..WRITE).unwrap_or(chunk);
+        let written = ready!(self.poll(|tls| tls.poll_write(cx, part)))?;
+        chunk.advance(written);
+        Poll::Ready(Ok(written))
+    }
+
+    /// Without this a part may stay in rustls' buffer until the next write.
+    pub(crate) fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        self.poll(|tls| tls.poll_flush(cx))
+    }
+
+    /// As [`Sender::finish`].
+    pub(crate) fn poll_finish(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        self.poll(|tls| tls.poll_shutdown(cx))
     }
 
     /// Sends close_notify and a FIN.
@@ -149,9 +167,6 @@ pub(crate) struct Receiver {
 impl Receiver {
     /// The next bytes; `None` at the end. Cancel-safe.
     pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, Broken> {
-        if let Some(bytes) = self.pushed_back.take() {
-            return Ok(Some(bytes));
-        }
         poll_fn(|cx| self.poll_chunk(cx)).await
     }
 
@@ -164,7 +179,11 @@ impl Receiver {
         self.connection.abort();
     }
 
-    fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+    /// As [`Receiver::chunk`].
+    pub(crate) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
+        if let Some(bytes) = self.pushed_back.take() {
+            return Poll::Ready(Ok(Some(bytes)));
+        }
         if self.connection.0.link_closed.is_cancelled() {
             return Poll::Ready(Err(Broken));
         }
