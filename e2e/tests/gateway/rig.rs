@@ -169,7 +169,7 @@ impl Gateway {
         let chain = ca.sign_csr(&key.csr_der().unwrap(), &id, &[], DAY).unwrap();
         Svid::new(chain, &key).unwrap().save(&own, "gateway").unwrap();
         fs::write(own.join("root.der"), ca.root_der()).unwrap();
-        fs::write(own.join("config.json"), config(name, None, transport).to_string()).unwrap();
+        fs::write(own.join("config.json"), config(&own, name, None, transport).to_string()).unwrap();
         let program = std::env::current_exe().unwrap();
         let variable = format!("{FOLDER}={}", own.display());
         let process = Process::new(format!("{cluster}/{name}"), Path::new("env"), dir)
@@ -181,7 +181,8 @@ impl Gateway {
         let mut gateway = Self { dir: own, process, at };
         gateway.restart().await;
         // It comes back at the same place.
-        fs::write(gateway.dir.join("config.json"), config(name, Some(gateway.at), transport).to_string()).unwrap();
+        fs::write(gateway.dir.join("config.json"), config(&gateway.dir, name, Some(gateway.at), transport).to_string())
+            .unwrap();
         gateway
     }
 
@@ -214,14 +215,14 @@ impl Gateway {
     }
 }
 
-/// A debug build on a busy machine gets time for everything: this is not about speed. And no slow reader is given up,
-/// as happens when there are too many for a link's window.
-fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json::Value {
+/// A debug build on a busy machine gets time for everything: this is not about speed. No slow reader is given up, as
+/// happens when there are too many for a link's window, and no connection turned away, as an overloaded gateway does.
+fn config(dir: &Path, name: &str, at: Option<Addresses>, transport: Transport) -> serde_json::Value {
     let anywhere = "127.0.0.1:0".to_owned();
     let (tunnel, health) = at.map_or((anywhere.clone(), anywhere), |a| (a.tunnel.to_string(), a.health.to_string()));
     serde_json::json!({
         "name": name,
-        "stateDir": "/nonexistent",
+        "stateDir": dir,
         "listen": {
             "tunnel": tunnel, "local": "127.0.0.1", "autoPort": at.map_or(0, |a| a.auto.port()), "pinnedPortBase": 0,
             "health": health,
@@ -234,6 +235,7 @@ fn config(name: &str, at: Option<Addresses>, transport: Transport) -> serde_json
             "helloTimeout": "30s", "attemptTimeout": "30s", "pinnedTimeout": "30s", "maxPendingHellosPerSource": 4096,
         },
         "egress": { "connectTimeout": "20s" },
+        "overload": { "maxSchedulingDelay": "30s" },
         "telemetry": { "log": { "level": "info", "format": "text" } },
     })
 }

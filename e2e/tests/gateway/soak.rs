@@ -104,6 +104,8 @@ pub(crate) async fn run(mut world: World, load: Arc<Load>, seed: u64, lasting: D
             driver.events.fetch_add(1, Ordering::SeqCst);
             let victim = world.gateways.get_mut(&VICTIM).unwrap();
             victim.kill().await;
+            // Once more: a connection may have come to it between the first word and its death.
+            driver.events.fetch_add(1, Ordering::SeqCst);
             sleep_until((Instant::now() + AWAY).into()).await;
             victim.restart().await;
         }
