@@ -4,7 +4,8 @@
 use std::collections::VecDeque;
 
 use isthmus_model::{
-    failover::{Candidate, Eligibility},
+    access::{self, Denied, Use},
+    failover::Candidate,
     ids::ClusterName,
     sni,
 };
@@ -38,6 +39,16 @@ impl Hopeless {
     }
 }
 
+impl From<&Denied> for Hopeless {
+    fn from(denied: &Denied) -> Self {
+        match denied {
+            Denied::UnknownService(_) | Denied::UnknownPort(..) => Self::UnknownService,
+            Denied::NotExported { .. } => Self::NotExported,
+            Denied::CallerInactive(_) | Denied::ExporterInactive(_) | Denied::OutsideRegions { .. } => Self::Forbidden,
+        }
+    }
+}
+
 /// What comes after a failed attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum After {
@@ -65,20 +76,20 @@ impl Plan {
         if !service.ports.iter().any(|p| p.port.number == route.port) {
             return Err(Hopeless::UnknownService);
         }
-        let candidates = core.observed.candidates(service, route.port, global);
-        match &route.cluster {
-            Some(cluster) => Self::pinned(&candidates, cluster),
-            None => Self::auto(&candidates, core.config.ingress.max_attempts),
+        let may = |exporter: &ClusterName| {
+            access::may_use(global, &Use { caller: &core.cluster, exporter, service: &route.service, port: route.port })
+        };
+        if let Some(cluster) = &route.cluster {
+            // The caller has chosen, so stale evidence does not overrule it; a hard boundary does.
+            return may(cluster).map(|_| Self::pinned(cluster)).map_err(|denied| Hopeless::from(&denied));
         }
+        let mut candidates = core.observed.candidates(service, route.port, global);
+        candidates.retain(|c| may(&c.cluster).is_ok());
+        Self::auto(&candidates, core.config.ingress.max_attempts)
     }
 
-    /// The caller has chosen, so stale evidence does not overrule it; a hard boundary does.
-    fn pinned(candidates: &[Candidate], cluster: &ClusterName) -> Result<Self, Hopeless> {
-        let candidate = candidates.iter().find(|c| c.cluster == *cluster).ok_or(Hopeless::NotExported)?;
-        if candidate.eligibility == Eligibility::Forbidden {
-            return Err(Hopeless::Forbidden);
-        }
-        Ok(Self { clusters: [cluster.clone()].into(), attempts_left: PINNED_ATTEMPTS })
+    fn pinned(cluster: &ClusterName) -> Self {
+        Self { clusters: [cluster.clone()].into(), attempts_left: PINNED_ATTEMPTS }
     }
 
     fn auto(candidates: &[Candidate], max: usize) -> Result<Self, Hopeless> {
@@ -112,7 +123,7 @@ impl Plan {
 
 #[cfg(test)]
 mod tests {
-    use isthmus_model::failover::Tier;
+    use isthmus_model::failover::{Eligibility, Tier};
 
     use super::*;
     use crate::testkit::cluster;
@@ -158,15 +169,18 @@ mod tests {
     }
 
     #[test]
-    fn a_pinned_cluster_is_tried_twice_whatever_the_evidence_but_never_across_a_boundary() {
-        let candidates = [candidate("a", Eligibility::Ready), candidate("b", Eligibility::NoEndpoints)];
-        let mut plan = Plan::pinned(&candidates, &cluster("b")).unwrap();
+    fn a_pinned_cluster_is_tried_twice() {
+        let mut plan = Plan::pinned(&cluster("b"));
         plan.failed(After::SameCluster);
         assert_eq!(plan.next(), Some(&cluster("b")));
         plan.failed(After::SameCluster);
         assert_eq!(plan.next(), None);
-        assert_eq!(Plan::pinned(&candidates, &cluster("x")).unwrap_err(), Hopeless::NotExported);
-        let forbidden = [candidate("b", Eligibility::Forbidden)];
-        assert_eq!(Plan::pinned(&forbidden, &cluster("b")).unwrap_err(), Hopeless::Forbidden);
+    }
+
+    #[test]
+    fn what_is_denied_is_hopeless_for_the_same_reason() {
+        let unknown = Denied::UnknownPort(crate::testkit::service_name(), 81);
+        assert_eq!(Hopeless::from(&unknown), Hopeless::UnknownService);
+        assert_eq!(Hopeless::from(&Denied::ExporterInactive(cluster("b"))), Hopeless::Forbidden);
     }
 }

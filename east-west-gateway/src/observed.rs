@@ -127,18 +127,7 @@ impl Observed {
 
     /// Where `service` may be reached, best first.
     pub(crate) fn candidates(&self, service: &GlobalService, port: u16, global: &GlobalSnapshot) -> Vec<Candidate> {
-        self.candidates_for(&self.own, service, port, global)
-    }
-
-    /// The same as another cluster would have it from this gateway's knowledge; of use for hard boundaries only.
-    pub(crate) fn candidates_for(
-        &self,
-        caller: &ClusterName,
-        service: &GlobalService,
-        port: u16,
-        global: &GlobalSnapshot,
-    ) -> Vec<Candidate> {
-        failover::choose(service, Some(port), caller, global, &self.lock().known, now())
+        failover::choose(service, Some(port), &self.own, global, &self.lock().known, now())
     }
 
     /// All that is known of remote clusters.

@@ -12,7 +12,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Accept, Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
 use isthmus_model::{
-    failover::Eligibility,
+    access::{self, Denied, Use},
     global::GlobalService,
     ids::{ClusterName, ServiceName},
 };
@@ -198,18 +198,23 @@ pub(crate) fn passes(header: StreamHeader) -> bool {
 
 /// May a gateway of `peer` reach this here? Checked against the view, whatever the peer's own view says.
 fn permit<'v>(core: &Core, view: &'v View, peer: &ClusterName, asked: &Asked) -> Result<&'v GlobalService, Refusal> {
-    if !view.is_active(peer) {
-        return Err(Refusal::new(RejectReason::Forbidden, false, "the peer's cluster is no active member"));
-    }
     let not_exported = || Refusal::new(RejectReason::NotExported, true, "this cluster does not export it");
-    let service = view.service(&asked.service).ok_or_else(not_exported)?;
     let global = view.global.as_ref().ok_or_else(not_exported)?;
-    let here = core.observed.candidates_for(peer, service, asked.port, global);
-    let here = here.into_iter().find(|c| c.cluster == core.cluster).ok_or_else(not_exported)?;
-    if here.eligibility == Eligibility::Forbidden {
-        return Err(Refusal::new(RejectReason::Forbidden, true, "policy keeps traffic out of this region"));
+    let what = Use { caller: peer, exporter: &core.cluster, service: &asked.service, port: asked.port };
+    match access::may_use(global, &what) {
+        Ok(permitted) => Ok(permitted.service),
+        Err(Denied::CallerInactive(_)) => {
+            Err(Refusal::new(RejectReason::Forbidden, false, "the peer's cluster is no active member"))
+        }
+        // The peer's state may be newer than ours: what we do not know, others may have.
+        Err(Denied::UnknownService(_) | Denied::UnknownPort(..) | Denied::NotExported { .. }) => Err(not_exported()),
+        Err(Denied::ExporterInactive(_)) => {
+            Err(Refusal::new(RejectReason::Forbidden, true, "this cluster is no active member"))
+        }
+        Err(Denied::OutsideRegions { .. }) => {
+            Err(Refusal::new(RejectReason::Forbidden, true, "policy keeps traffic out of this region"))
+        }
     }
-    Ok(service)
 }
 
 /// Exactly the ClientHello: the dialler sends nothing after it until it is accepted.
