@@ -1,15 +1,15 @@
 //! This cluster's own endpoints: which to dial next, which are out, and what peers are told of them.
 //!
-//! In: the view, and what connections experience. Out: leases on endpoints (the better of two by open connections), and a
-//! table of availability per exported service, published whenever it changes. What is out does not count as ready, so a
+//! In: the view, and what connections experience. Out: leases on endpoints (the better of two by open connections times
+//! how long they take to answer), and a table of availability per exported service, published whenever it changes. What is out does not count as ready, so a
 //! dead endpoint leaves peers' candidates without the control plane; a connect every now and then finds out when it is
-//! back ([`crate::egress::ejection`]).
+//! back ([`crate::egress::ejection`]). One that no traffic tells of is looked at the same way.
 
 use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use isthmus_model::{availability::Availability, global::GlobalService, ids::ClusterName, local::Endpoint};
@@ -37,6 +37,7 @@ const PROBES: usize = 64;
 pub(crate) struct LocalPool {
     cluster: ClusterName,
     connect_timeout: Duration,
+    health_interval: Duration,
     metrics: Metrics,
     inner: Mutex<Inner>,
     table: watch::Sender<Arc<Table>>,
@@ -48,7 +49,20 @@ struct Inner {
     view: Arc<View>,
     ejections: Ejections,
     open: HashMap<SocketAddr, usize>,
+    records: HashMap<SocketAddr, Record>,
 }
+
+/// What is known of a serving endpoint from connections to it.
+#[derive(Clone, Copy, Debug)]
+struct Record {
+    /// When one last told of it.
+    heard: Instant,
+    /// From its ClientHello to its first byte, smoothed.
+    answers_in: Duration,
+}
+
+/// Differences below this are noise.
+const QUICK: Duration = Duration::from_millis(1);
 
 impl LocalPool {
     /// An empty pool of `cluster`.
@@ -57,10 +71,12 @@ impl LocalPool {
             view: Arc::default(),
             ejections: Ejections::new(config.ejection_base, config.ejection_max),
             open: HashMap::new(),
+            records: HashMap::new(),
         };
         Self {
             cluster,
             connect_timeout: config.connect_timeout,
+            health_interval: config.health_interval,
             metrics,
             inner: Mutex::new(inner),
             table: watch::Sender::default(),
@@ -76,6 +92,11 @@ impl LocalPool {
         let now = serving(&view);
         inner.ejections.retain(|a| now.contains(&a) && before.contains(&a));
         inner.view = view;
+        let heard = clock::now();
+        inner.records.retain(|address, _| now.contains(address));
+        for address in now {
+            inner.records.entry(address).or_insert(Record { heard, answers_in: QUICK });
+        }
         self.publish(&inner);
     }
 
@@ -96,7 +117,11 @@ impl LocalPool {
         let free = |a: &SocketAddr| !tried.contains(a) && !inner.ejections.is_out(*a);
         let candidates: Vec<SocketAddr> =
             inner.view.addresses(service, port, selector).into_iter().filter(free).collect();
-        let load = |a: &SocketAddr| inner.open.get(a).copied().unwrap_or_default();
+        let load = |a: &SocketAddr| {
+            let open = inner.open.get(a).copied().unwrap_or_default() as u128;
+            let answers_in = inner.records.get(a).map_or(QUICK, |record| record.answers_in).max(QUICK);
+            (open + 1) * answers_in.as_micros()
+        };
         let address = better_of_two(&candidates, load)?;
         *inner.open.entry(address).or_default() += 1;
         Some(Lease { pool: self.clone(), address })
@@ -129,11 +154,43 @@ impl LocalPool {
                 () = stop.cancelled() => return,
                 () = self.ejected.notified() => continue,
                 () = due => {}
+                () = time::sleep(self.health_interval), if !self.health_interval.is_zero() => {
+                    self.look_at_the_quiet().await;
+                    continue;
+                }
             }
             let due = self.lock().ejections.due(clock::now());
             for some in due.chunks(PROBES) {
                 futures_util::future::join_all(some.iter().map(|a| self.probe_one(*a))).await;
             }
+        }
+    }
+
+    /// Connects to endpoints that no traffic has told of lately.
+    async fn look_at_the_quiet(&self) {
+        let quiet: Vec<SocketAddr> = {
+            let inner = self.lock();
+            let quiet = |record: &Record| clock::since(record.heard) >= self.health_interval;
+            let out = |address: &SocketAddr| inner.ejections.is_out(*address);
+            inner.records.iter().filter(|(a, record)| quiet(record) && !out(a)).map(|(a, _)| *a).collect()
+        };
+        for some in quiet.chunks(PROBES) {
+            futures_util::future::join_all(some.iter().map(|a| self.look_at(*a))).await;
+        }
+    }
+
+    async fn look_at(&self, address: SocketAddr) {
+        let answered = matches!(time::timeout(self.connect_timeout, TcpStream::connect(address)).await, Ok(Ok(_)));
+        let now = clock::now();
+        let mut inner = self.lock();
+        // It may be gone meanwhile.
+        let Some(record) = inner.records.get_mut(&address) else { return };
+        record.heard = now;
+        if !answered && inner.ejections.failed(address, Failure::Connect, now) {
+            tracing::warn!(endpoint = %address, "quiet endpoint does not answer; it is probed until it does");
+            self.metrics.ejection();
+            self.publish(&inner);
+            self.ejected.notify_one();
         }
     }
 
@@ -179,6 +236,9 @@ impl Lease {
     /// The endpoint failed this connection before its first byte.
     pub(crate) fn failed(&self, failure: Failure) {
         let mut inner = self.pool.lock();
+        if let Some(record) = inner.records.get_mut(&self.address) {
+            record.heard = clock::now();
+        }
         if inner.ejections.failed(self.address, failure, clock::now()) {
             tracing::warn!(endpoint = %self.address, ?failure, "endpoint taken out; it is probed until it answers");
             self.pool.metrics.ejection();
@@ -187,9 +247,13 @@ impl Lease {
         }
     }
 
-    /// The endpoint answered.
-    pub(crate) fn succeeded(&self) {
+    /// The endpoint answered after so long.
+    pub(crate) fn succeeded(&self, answered_in: Duration) {
         let mut inner = self.pool.lock();
+        if let Some(record) = inner.records.get_mut(&self.address) {
+            record.heard = clock::now();
+            record.answers_in = (record.answers_in * 7 + answered_in) / 8;
+        }
         if inner.ejections.succeeded(self.address) {
             self.pool.publish(&inner);
         }

@@ -10,7 +10,7 @@ use isthmus_model::{
     sni,
 };
 
-use crate::{core::Core, view::View};
+use crate::{clock, core::Core, view::View};
 
 /// On pinned ports: this many gateways of the one cluster.
 const PINNED_ATTEMPTS: usize = 2;
@@ -85,6 +85,10 @@ impl Plan {
         }
         let mut candidates = core.observed.candidates(service, route.port, global);
         candidates.retain(|c| may(&c.cluster).is_ok());
+        let (outcasts, now) = (core.outcasts(), clock::now());
+        // Stable: otherwise the order stands.
+        candidates.sort_by_key(|c| outcasts.is_out(&route.service, &c.cluster, now));
+        drop(outcasts);
         Self::auto(&candidates, core.config.ingress.max_attempts)
     }
 

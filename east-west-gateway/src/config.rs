@@ -287,7 +287,10 @@ pub struct EgressConfig {
     pub connect_timeout: Duration,
     /// Endpoints tried for one stream.
     pub max_endpoints: usize,
-    /// First pause before a failed endpoint is probed again; doubles with each failure in a row.
+    /// An endpoint that no traffic has told of for so long is looked at with a plain connect. 0s: never.
+    #[serde(with = "humantime_serde")]
+    pub health_interval: Duration,
+    /// First pause before a failed endpoint is probed again, or a service is tried again at a cluster where it failed; doubles with each failure in a row.
     #[serde(with = "humantime_serde")]
     pub ejection_base: Duration,
     /// Longest such pause.
@@ -301,6 +304,7 @@ impl Default for EgressConfig {
             max_streams: 20_000,
             connect_timeout: Duration::from_millis(500),
             max_endpoints: 3,
+            health_interval: Duration::from_secs(5),
             ejection_base: Duration::from_secs(1),
             ejection_max: Duration::from_secs(30),
         }

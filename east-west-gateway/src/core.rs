@@ -5,7 +5,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -29,7 +29,7 @@ use crate::{
     clock,
     config::Config,
     handover::{shelf::Shelf, steps::Steps},
-    ingress::{budget::ReplayBudget, sources::Sources},
+    ingress::{budget::ReplayBudget, outcasts::Outcasts, sources::Sources},
     metrics::Metrics,
     observed::Observed,
     overload::{Overload, Why},
@@ -91,6 +91,7 @@ pub(crate) struct Core {
     /// What a successor is given.
     pub(crate) shelf: Shelf,
     replays: Mutex<ReplayBudget>,
+    outcasts: Mutex<Outcasts>,
     ids: AtomicU64,
 }
 
@@ -135,6 +136,7 @@ impl Core {
             stop: CancellationToken::new(),
             carried: TaskTracker::new(),
             replays: Mutex::new(replays),
+            outcasts: Mutex::new(Outcasts::new(config.egress.ejection_base, config.egress.ejection_max)),
             ids: AtomicU64::new(1),
             redundancy,
             config,
@@ -179,6 +181,12 @@ impl Core {
     /// May a connection be placed once more?
     pub(crate) fn may_replay(&self) -> bool {
         self.replays.lock().unwrap_or_else(PoisonError::into_inner).withdraw(clock::now())
+    }
+
+    /// Where services failed lately.
+    pub(crate) fn outcasts(&self) -> MutexGuard<'_, Outcasts> {
+        // Every section leaves the state whole, so a panic in another one does not spoil it.
+        self.outcasts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where `port` of `service` may be reached from here; `None` if there is no such service.

@@ -77,9 +77,10 @@ pub(crate) async fn first_byte(core: &Arc<Core>, request: Request<'_>) -> Result
         let untried = core.pool.choices(request.service, request.port, request.selector, &tried);
         let tries = (untried + 1).min(core.config.egress.max_endpoints + 1 - tried.len());
         let share = left / u32::try_from(tries).unwrap_or(1);
+        let tried_at = clock::now();
         match attempt(lease.address(), request.hello, share.min(left), core.config.egress.connect_timeout).await {
             Ok((tcp, first)) => {
-                lease.succeeded();
+                lease.succeeded(clock::since(tried_at));
                 return Ok(Answered { tcp, first, lease });
             }
             Err(failure) => {

@@ -6,6 +6,7 @@
 
 pub(crate) mod budget;
 mod connection;
+pub(crate) mod outcasts;
 mod place;
 pub(crate) mod sources;
 

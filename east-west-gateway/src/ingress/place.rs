@@ -8,7 +8,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
-use isthmus_model::sni;
+use isthmus_model::{ids::ClusterName, sni};
 use tokio::{net::TcpStream, time};
 
 use crate::{
@@ -29,6 +29,9 @@ use crate::{
 
 /// What the far gateway's answer needs on top of the round trip.
 const MARGIN: Duration = Duration::from_millis(50);
+
+/// Outcomes that tell of the service at a cluster rather than of the way there.
+const WANTING: [&str; 4] = ["rejected_connect_failed", "rejected_timeout", "rejected_no_endpoint", "silent"];
 
 /// Why a connection could not be placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,18 +194,28 @@ impl Placing<'_> {
             tried.extend(tunnel.map(|tunnel| Tried { tunnel, refused }));
             match outcome {
                 Ok(placed) => {
+                    self.core.outcasts().succeeded(&self.route.service, &cluster);
                     self.core.metrics.first_byte(&cluster, clock::since(began));
                     access.destined(&cluster, placed.held.gateway(), placed.held.endpoint());
                     return Ok(placed);
                 }
                 Err(failed) => {
                     last = Unplaced::Failed(failed.label);
+                    self.note_failure(&cluster, failed.label);
                     // The own cluster's endpoints are all that it has.
                     plan.failed(if local { After::NextCluster } else { failed.after });
                 }
             }
         }
         Err(last)
+    }
+
+    fn note_failure(&self, cluster: &ClusterName, label: &'static str) {
+        let tells = WANTING.contains(&label);
+        if tells && self.core.outcasts().failed(&self.route.service, cluster, clock::now()) {
+            tracing::warn!(service = %self.route.service, %cluster, label, "here this service is tried last for a while");
+            self.core.metrics.reject("service_out");
+        }
     }
 
     async fn locally(&self, deadline: Duration) -> Result<Placed, Failed> {

@@ -77,6 +77,8 @@ pub(super) fn config(name: &str) -> Config {
         },
         // Many gateways share a busy machine here: death is declared late, but where a test is about it.
         "tunnel": { "dialBackoffMax": "200ms", "deadAfter": "1500ms" },
+        // A test that awaits connections is not to be surprised by a look.
+        "egress": { "healthInterval": "0s" },
         "ingress": { "helloTimeout": "500ms" },
         // Nor is a busy machine what a test means by overload.
         "overload": { "maxSchedulingDelay": "60s" },
