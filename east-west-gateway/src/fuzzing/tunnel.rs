@@ -48,7 +48,8 @@ fn control(frames: Vec<ControlFrame>) {
     let own = Table::new();
     for frame in frames {
         now += STEP;
-        let Ok((_, wake)) = session.poll(&Own { table: &own, draining: false, succeeded: false, offers: 0 }, now)
+        let Ok((_, wake)) =
+            session.poll(&Own { table: &own, draining: false, succeeded: false, offers: 0, packets: 0 }, now)
         else {
             return;
         };

@@ -9,7 +9,7 @@ use std::{
 };
 
 use isthmus_api::proto::tunnel::v1::{Closing, ControlFrame, ControlHello, control_frame::Kind};
-use isthmus_model::ids::check_label;
+use isthmus_model::{ids::check_label, local::Transport};
 use tokio::time;
 
 use super::{
@@ -67,7 +67,13 @@ impl Control {
 
     /// Serves the stream until the link ends or must end; closes it then.
     pub(crate) async fn run(self, core: &Core, tunnel: &Arc<Tunnel>) {
-        let rhythm = Rhythm { interval: core.config.tunnel.ping_interval, dead_after: core.config.tunnel.dead_after };
+        let config = &core.config.tunnel;
+        // TCP tells nothing of packets, and sends a lost ping again after 200 ms or more, a second time after twice that.
+        let dead_after = match tunnel.link.transport() {
+            Transport::Quic => config.dead_after,
+            Transport::Tcp => config.dead_after * 2,
+        };
+        let rhythm = Rhythm { interval: config.ping_interval, dead_after };
         let session = Session::new(rhythm, clock::now());
         let mut running = Running { control: self, core, tunnel, session };
         let ended = tokio::select! {
@@ -132,6 +138,7 @@ impl Running<'_> {
                 draining: self.core.draining.is_cancelled(),
                 succeeded: self.core.steps.taken_over.is_cancelled(),
                 offers: self.tunnel.link.wishes(self.core.registry.needs_reverse(self.tunnel)),
+                packets: self.tunnel.link.path().received,
             };
             let now = clock::now();
             let (frames, wake) = match self.session.poll(&own, now) {

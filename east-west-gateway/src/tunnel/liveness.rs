@@ -1,13 +1,17 @@
 //! Is the peer behind a tunnel alive? Sans-IO: `(state, event, now) → action`.
 //!
-//! A ping goes out every interval; each pong proves life and gives a round-trip time. Without a pong for `dead_after` the
-//! peer is dead, but only if enough pings went unanswered: a process that was itself stalled must not blame its peer.
-//! Before that, a peer whose pongs are overdue is suspect, and new connections prefer another.
+//! A ping goes out every interval; each pong proves life and gives a round-trip time. Without any sign of life for
+//! `dead_after` the peer is dead, but only if enough pings went unanswered: a process that was itself stalled must not
+//! blame its peer. Packets are such a sign, too: behind much data or after losses a pong may be late. Pongs that stay away
+//! although packets come are death after [`GRACE`] times as long. Before all that, a peer whose pongs are overdue is suspect, and new connections prefer another.
 
 use std::{
     collections::VecDeque,
     time::{Duration, Instant},
 };
+
+/// How much longer than `dead_after` a peer may owe its pongs while packets come from it.
+const GRACE: u32 = 10;
 
 /// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +40,7 @@ pub(crate) struct Liveness {
     next_sequence: u64,
     next_ping: Instant,
     last_pong: Instant,
+    last_sign: Instant,
     unanswered: VecDeque<(u64, Instant)>,
     rtt: Option<Duration>,
 }
@@ -43,13 +48,22 @@ pub(crate) struct Liveness {
 impl Liveness {
     /// Begins at `now`, as if a pong had just come.
     pub(crate) fn new(rhythm: Rhythm, now: Instant) -> Self {
-        Self { rhythm, next_sequence: 1, next_ping: now, last_pong: now, unanswered: VecDeque::new(), rtt: None }
+        Self {
+            rhythm,
+            next_sequence: 1,
+            next_ping: now,
+            last_pong: now,
+            last_sign: now,
+            unanswered: VecDeque::new(),
+            rtt: None,
+        }
     }
 
     /// What to do at `now`.
     pub(crate) fn poll(&mut self, now: Instant) -> Action {
-        let silent = now.duration_since(self.last_pong) >= self.rhythm.dead_after;
-        if silent && self.unanswered.len() >= self.patience() {
+        let silent = now.duration_since(self.last_sign) >= self.rhythm.dead_after;
+        let owing = now.duration_since(self.last_pong) >= self.rhythm.dead_after * GRACE;
+        if (silent || owing) && self.unanswered.len() >= self.patience() {
             return Action::Dead;
         }
         if now < self.next_ping {
@@ -67,11 +81,17 @@ impl Liveness {
         let at = self.unanswered.iter().position(|(s, _)| *s == sequence)?;
         let (_, sent) = self.unanswered.drain(..=at).next_back()?;
         self.last_pong = now;
+        self.last_sign = now;
         let sample = now.duration_since(sent);
         // RFC 6298's weight for the smoothed time.
         let smooth = self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8);
         self.rtt = Some(smooth);
         Some(smooth)
+    }
+
+    /// Something else came from the peer.
+    pub(crate) fn sign(&mut self, now: Instant) {
+        self.last_sign = now;
     }
 
     /// Pongs are overdue: two intervals beyond the usual round trip.
@@ -160,6 +180,29 @@ mod tests {
         assert!(state.is_suspect(start + MS * 250));
         state.pong(1, start + MS * 260);
         assert!(!state.is_suspect(start + MS * 300));
+    }
+
+    #[test]
+    fn packets_bear_with_late_pongs_but_not_for_ever() {
+        let start = Instant::now();
+        let mut state = Liveness::new(RHYTHM, start);
+        let died = (0..10_000).find(|ms| {
+            let now = start + MS * *ms;
+            state.sign(now);
+            let mut dead = false;
+            loop {
+                match state.poll(now) {
+                    Action::Ping(_) => {}
+                    Action::Wait(_) => break,
+                    Action::Dead => {
+                        dead = true;
+                        break;
+                    }
+                }
+            }
+            dead
+        });
+        assert_eq!(died, Some(4_000));
     }
 
     #[test]

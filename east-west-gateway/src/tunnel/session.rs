@@ -27,6 +27,8 @@ pub(crate) struct Own<'a> {
     pub(crate) succeeded: bool,
     /// Connections that it would like to be offered (TCP).
     pub(crate) offers: u32,
+    /// Packets that have come from the peer so far, if the transport tells.
+    pub(crate) packets: u64,
 }
 
 /// What the peer has said that somebody must act on.
@@ -59,6 +61,7 @@ pub(crate) struct Session {
     outbox: Outbox,
     told_draining: bool,
     told_offers: u32,
+    seen_packets: u64,
 }
 
 /// What a frame leads to.
@@ -73,12 +76,22 @@ pub(crate) struct Response {
 impl Session {
     /// Begins at `now`, as if the peer had just answered.
     pub(crate) fn new(rhythm: Rhythm, now: Instant) -> Self {
-        Self { liveness: Liveness::new(rhythm, now), outbox: Outbox::default(), told_draining: false, told_offers: 0 }
+        Self {
+            liveness: Liveness::new(rhythm, now),
+            outbox: Outbox::default(),
+            told_draining: false,
+            told_offers: 0,
+            seen_packets: 0,
+        }
     }
 
     /// What is to be sent at `now`, and when to ask again at the latest. Fails when the peer is dead.
     pub(crate) fn poll(&mut self, own: &Own<'_>, now: Instant) -> Result<(Vec<Kind>, Instant), Close> {
         let mut out = Vec::new();
+        if own.packets > self.seen_packets {
+            self.seen_packets = own.packets;
+            self.liveness.sign(now);
+        }
         let mut wake = loop {
             match self.liveness.poll(now) {
                 Action::Ping(sequence) => out.push(Kind::Ping(Ping { sequence, load_permille: 0 })),
@@ -138,7 +151,7 @@ mod tests {
     const RHYTHM: Rhythm = Rhythm { interval: Duration::from_millis(100), dead_after: Duration::from_millis(400) };
 
     fn own(table: &Table) -> Own<'_> {
-        Own { table, draining: false, succeeded: false, offers: 0 }
+        Own { table, draining: false, succeeded: false, offers: 0, packets: 0 }
     }
 
     #[test]

@@ -70,6 +70,8 @@ pub(crate) struct Path {
     /// Packets sent and, of these, lost; since the beginning.
     pub(crate) sent: u64,
     pub(crate) lost: u64,
+    /// Datagrams that have come from the peer.
+    pub(crate) received: u64,
     /// Congestion window, in bytes.
     pub(crate) window: u64,
 }

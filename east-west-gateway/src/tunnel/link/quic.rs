@@ -179,8 +179,15 @@ pub(crate) fn leaf(connection: &quinn::Connection) -> Option<CertificateDer<'sta
 
 /// What the connection knows of its path.
 pub(crate) fn path(connection: &quinn::Connection) -> Path {
-    let path = connection.stats().path;
-    Path { rtt: path.rtt, sent: path.sent_packets, lost: path.lost_packets, window: path.cwnd }
+    let stats = connection.stats();
+    let path = stats.path;
+    Path {
+        rtt: path.rtt,
+        sent: path.sent_packets,
+        lost: path.lost_packets,
+        received: stats.udp_rx.datagrams,
+        window: path.cwnd,
+    }
 }
 
 fn congestion(config: Congestion) -> Arc<dyn ControllerFactory + Send + Sync> {
