@@ -238,7 +238,10 @@ async fn a_peers_bad_streams_are_rejected_by_reason() {
 
 #[tokio::test]
 async fn a_peer_that_answers_no_probe_is_cut_off() {
-    let (gateways, _) = connected(&[("east", &[]), ("west", &[])]).await;
+    let by_default = |config: &mut crate::Config| {
+        config.tunnel.dead_after = crate::config::TunnelConfig::default().dead_after;
+    };
+    let (gateways, _) = super::rig::linked_with(by_default, &[("east", &[]), ("west", &[])]).await;
     let peer = Peer::connect("east", &gateways[1]).await;
     let why = time::timeout(Duration::from_secs(3), peer.connection.closed()).await.expect("closed in time");
     assert!(matches!(why, quinn::ConnectionError::ApplicationClosed(_)), "{why}");

@@ -11,7 +11,7 @@ use std::{
 };
 
 /// How much longer than `dead_after` a peer may owe its pongs while packets come from it.
-const GRACE: u32 = 10;
+const GRACE: u32 = 5;
 
 /// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,7 +202,7 @@ mod tests {
             }
             dead
         });
-        assert_eq!(died, Some(4_000));
+        assert_eq!(died, Some(2_000));
     }
 
     #[test]
