@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     place::{End, Place},
-    process::Process,
+    process::{Process, this_program},
     system::SERVER_PORT,
 };
 use crate::load::command::Command;
@@ -29,7 +29,7 @@ pub(super) struct Client {
 impl Client {
     /// At the near end.
     pub(super) fn start(place: &Place, threads: usize) -> anyhow::Result<Self> {
-        let mut command = place.command(End::Near, std::env::current_exe().context("find this program")?);
+        let mut command = place.command(End::Near, this_program());
         command.args(["client", "--threads", &threads.to_string()]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0).kill_on_drop(true);
         let mut child = command.spawn().context("start the client")?;
@@ -58,7 +58,7 @@ impl Client {
 /// Starts the server at the far end.
 pub(super) fn server(place: &Place, threads: usize, dir: &Path) -> anyhow::Result<Process> {
     let listen = SocketAddr::from(([0, 0, 0, 0], SERVER_PORT));
-    let mut command = place.command(End::Far, std::env::current_exe().context("find this program")?);
+    let mut command = place.command(End::Far, this_program());
     command.args(["server", "--listen", &listen.to_string(), "--threads", &threads.to_string()]);
     Process::start("server", command, dir)
 }

@@ -10,7 +10,7 @@ use tokio::time::sleep;
 use super::{
     certificates::{cluster, federation, stem},
     place::{End, Place},
-    process::Process,
+    process::{Process, this_program},
     system::{Ports, Setting, System},
 };
 use crate::node::Spec;
@@ -96,7 +96,7 @@ pub(super) fn start(system: System, setting: &Setting, ports: Ports) -> anyhow::
         };
         let path = setting.dir.join(format!("{name}.json"));
         spec.write(&path)?;
-        let program = std::env::current_exe().context("find this program")?;
+        let program = this_program();
         let mut command = setting.place.command(end, program);
         command.args(["node", "--spec"]).arg(&path);
         Process::start(&name, command, &setting.dir)

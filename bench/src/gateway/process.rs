@@ -75,6 +75,11 @@ impl Process {
     }
 }
 
+/// This program as it runs, even if a build has put another one in its place meanwhile.
+pub(super) fn this_program() -> PathBuf {
+    PathBuf::from(format!("/proc/{}/exe", std::process::id()))
+}
+
 /// Fields 14 and 15 of `/proc/PID/stat`; the second field may hold anything, so count from its end.
 fn cpu_ticks(stat: &str) -> Option<u64> {
     let (_, rest) = stat.rsplit_once(')')?;

@@ -45,10 +45,15 @@ impl Shard {
     ) -> anyhow::Result<Moved> {
         ensure!(self.conns.is_empty(), "close the open connections first");
         let order = if way == Way::Down { Order::Source } else { Order::Sink };
-        self.open_with(address, hello, order, streams, streams)?;
-        let moved = self.pump(way, span);
+        self.open_with(address, hello, None, streams, streams)?;
+        let moved = self.begin(order).and_then(|()| self.pump(way, span));
         self.close_all();
         moved
+    }
+
+    /// All at once and not as they come up: bytes that nobody reads yet would be in the way of those still coming up.
+    fn begin(&mut self, order: Order) -> anyhow::Result<()> {
+        self.conns.iter_mut().try_for_each(|conn| conn.tcp.write_all(&order.encode())).context("give an order")
     }
 
     fn pump(&mut self, way: Way, span: Span) -> anyhow::Result<Moved> {

@@ -181,15 +181,15 @@ impl Shard {
         at_once: usize,
     ) -> anyhow::Result<u64> {
         self.again = Some((address, hello.to_vec()));
-        self.open_with(address, hello, self.order(), wanted, at_once)
+        self.open_with(address, hello, Some(self.order()), wanted, at_once)
     }
 
-    /// As [`Self::open`], with an order of one's own.
+    /// As [`Self::open`], with another order, or with none yet.
     pub(super) fn open_with(
         &mut self,
         address: SocketAddr,
         hello: &[u8],
-        order: Order,
+        order: Option<Order>,
         wanted: usize,
         at_once: usize,
     ) -> anyhow::Result<u64> {
@@ -216,7 +216,7 @@ impl Shard {
             for event in &ready {
                 let Some(index) = token(event.token) else { continue };
                 let Some(conn) = self.conns.get_mut(index).filter(|conn| conn.is_young()) else { continue };
-                match conn.step(*event, &self.poll, hello, Some(order)) {
+                match conn.step(*event, &self.poll, hello, order) {
                     Progress::Waiting => {}
                     Progress::Up => (up, young) = (up + 1, young - 1),
                     Progress::Broken => {
