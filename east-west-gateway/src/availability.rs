@@ -142,6 +142,8 @@ impl LocalPool {
 
     /// Brings endpoints back when they answer a plain connect. Runs until `stop`.
     pub(crate) async fn probe(self: Arc<Self>, stop: CancellationToken) {
+        // Kept over the turns of the loop: however often others are probed, the quiet ones are looked at in time.
+        let mut look = clock::now() + self.health_interval;
         loop {
             let next = self.lock().ejections.next_due();
             let due = async {
@@ -154,8 +156,9 @@ impl LocalPool {
                 () = stop.cancelled() => return,
                 () = self.ejected.notified() => continue,
                 () = due => {}
-                () = time::sleep(self.health_interval), if !self.health_interval.is_zero() => {
+                () = time::sleep_until(look.into()), if !self.health_interval.is_zero() => {
                     self.look_at_the_quiet().await;
+                    look = clock::now() + self.health_interval;
                     continue;
                 }
             }

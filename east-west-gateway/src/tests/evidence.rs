@@ -112,3 +112,15 @@ async fn before_the_first_snapshot_nobody_is_served(over: LinkTransport) {
     gateways[1].set_global(&global);
     until("east gets through", || gateways[0].inspector.tunnels().iter().all(|t| t.up)).await;
 }
+
+#[tokio::test]
+async fn an_endpoint_that_dies_while_no_traffic_tells_of_it_leaves_the_peers_candidates() {
+    let server = Server::bind().await;
+    let address = server.address;
+    let looking = |config: &mut crate::Config| config.egress.health_interval = Duration::from_millis(200);
+    let (gateways, _) = super::rig::linked_with(looking, &[("east", &[]), ("west", &[address])]).await;
+    drop(server);
+    until("west has no endpoints", || gateways[0].eligibility("west").as_deref() == Some("noEndpoints")).await;
+    let _server = Server::at(address).await;
+    until("west is back", || gateways[0].eligibility("west").as_deref() == Some("holdDown")).await;
+}

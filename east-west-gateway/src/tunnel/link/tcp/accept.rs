@@ -47,6 +47,14 @@ pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
         // Until peers have heard of the succession, what they dial belongs to links of the predecessor.
         time::sleep(HEARD).await;
     }
+    // Made once: what it shows and trusts is read at each handshake.
+    let acceptor = match acceptor(&core) {
+        Ok(acceptor) => acceptor,
+        Err(error) => {
+            tracing::error!(error = &error as &dyn std::error::Error, "no links over TCP: TLS cannot be configured");
+            return;
+        }
+    };
     let sources = Arc::new(Sources::new(core.config.tunnel.tcp.max_pending_handshakes_per_source));
     loop {
         let accepted = tokio::select! {
@@ -68,10 +76,10 @@ pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
             splice::abort(&tcp);
             continue;
         };
-        let served = core.clone();
+        let (served, acceptor) = (core.clone(), acceptor.clone());
         core.tasks.spawn("tunnel.tcp_accept", async move {
             let deadline = served.config.tunnel.handshake_timeout;
-            let sorted = time::timeout(deadline, Newcomer::greet(&served, tcp, remote)).await;
+            let sorted = time::timeout(deadline, Newcomer::greet(&served, &acceptor, (tcp, remote))).await;
             drop((pending, share));
             match sorted {
                 Ok(Ok(newcomer)) => newcomer.join(&served).await,
@@ -85,6 +93,12 @@ pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
     }
 }
 
+fn acceptor(core: &Core) -> Result<TlsAcceptor, tls::TlsError> {
+    let identity = &core.identity;
+    let auth = ClientAuth::Required(quic::any_gateway(&identity.federation));
+    Ok(TlsAcceptor::from(Arc::new(tls::server_config(&identity.source, &identity.trust, auth, &[ALPN])?)))
+}
+
 /// A connection whose first frame was read.
 struct Newcomer {
     tls: TlsStream<TcpStream>,
@@ -95,12 +109,10 @@ struct Newcomer {
 }
 
 impl Newcomer {
-    async fn greet(core: &Core, tcp: TcpStream, remote: SocketAddr) -> io::Result<Self> {
+    async fn greet(core: &Core, acceptor: &TlsAcceptor, (tcp, remote): (TcpStream, SocketAddr)) -> io::Result<Self> {
         prepare(&tcp, core);
         let identity = &core.identity;
-        let auth = ClientAuth::Required(quic::any_gateway(&identity.federation));
-        let config = tls::server_config(&identity.source, &identity.trust, auth, &[ALPN]).map_err(io::Error::other)?;
-        let mut tls = TlsStream::Server(TlsAcceptor::from(Arc::new(config)).accept(tcp).await?);
+        let mut tls = TlsStream::Server(acceptor.accept(tcp).await?);
         let refused = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
         let id = tls::peer_id(tls.get_ref().1.peer_certificates());
         let cluster = id.and_then(|id| quic::gateway_cluster(&id, &identity.federation));

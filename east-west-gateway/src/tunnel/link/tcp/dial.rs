@@ -67,16 +67,27 @@ pub(super) enum Purpose {
 }
 
 /// How to reach the peer again.
-#[derive(Debug)]
 pub(super) struct Way {
     core: Arc<Core>,
     address: SocketAddr,
     cluster: ClusterName,
+    /// Made once: what it shows and trusts is read at each handshake.
+    tls: TlsConnector,
+}
+
+impl std::fmt::Debug for Way {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Way").field("address", &self.address).field("cluster", &self.cluster).finish_non_exhaustive()
+    }
 }
 
 /// Dials `address`, where a gateway of `cluster` is expected. The caller sets the deadline.
 pub(crate) async fn dial(core: &Arc<Core>, cluster: &ClusterName, address: SocketAddr) -> Result<Fresh, TcpError> {
-    let way = Way { core: core.clone(), address, cluster: cluster.clone() };
+    let identity = &core.identity;
+    let policy = quic::gateway_of(&identity.federation, cluster);
+    let tls = tls::client_config(Some(&identity.source), &identity.trust, policy, &[ALPN])?;
+    let tls = TlsConnector::from(Arc::new(tls));
+    let way = Way { core: core.clone(), address, cluster: cluster.clone(), tls };
     let tls = way.handshake().await?;
     let leaf = stream::leaf(&tls).ok_or(TcpError::Preface)?;
     let number: LinkNumber = rand::random();
@@ -97,14 +108,11 @@ impl Way {
     }
 
     async fn handshake(&self) -> Result<TlsStream<TcpStream>, TcpError> {
-        let identity = &self.core.identity;
-        let policy = quic::gateway_of(&identity.federation, &self.cluster);
-        let config = tls::client_config(Some(&identity.source), &identity.trust, policy, &[ALPN])?;
         let tcp = TcpStream::connect(self.address).await?;
         prepare(&tcp, &self.core);
         // Nobody looks at the name: the SPIFFE ID counts.
         let name = ServerName::IpAddress(self.address.ip().into());
-        Ok(TlsStream::Client(TlsConnector::from(Arc::new(config)).connect(name, tcp).await?))
+        Ok(TlsStream::Client(self.tls.connect(name, tcp).await?))
     }
 }
 
