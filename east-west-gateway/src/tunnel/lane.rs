@@ -7,6 +7,7 @@
 
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
+use isthmus_identity::svid::Svid;
 use isthmus_runtime::backoff::Backoff;
 use quinn::Endpoint;
 use tokio::{sync::watch, time};
@@ -87,6 +88,8 @@ impl Peer {
             if lane == Lane::TcpWithoutQuic && before.is_none() {
                 self.without_quic(self.core.config.tunnel.fallback_after).await;
             }
+            // Before the handshake, so that a renewal meanwhile is not missed.
+            let shown = self.core.identity.source.current();
             let dialled = tokio::select! {
                 dialled = self.dial(lane) => dialled,
                 // An attempt's packets may have been lost to a dead predecessor.
@@ -95,7 +98,7 @@ impl Peer {
             match dialled {
                 Ok((link, control)) => {
                     backoff.reset();
-                    let (ended, tunnel) = self.carry(lane, link, control, before.take()).await;
+                    let (ended, tunnel) = self.carry(lane, (link, shown), control, before.take()).await;
                     before = tunnel;
                     if ended == Ended::Replace {
                         continue;
@@ -142,7 +145,7 @@ impl Peer {
     async fn carry(
         &self,
         lane: Lane,
-        link: Link,
+        (link, shown): (Link, Arc<Svid>),
         control: Control,
         before: Option<Arc<Tunnel>>,
     ) -> (Ended, Option<Arc<Tunnel>>) {
@@ -150,7 +153,7 @@ impl Peer {
         let transport = link.transport();
         let origin = Origin::Dialled(self.address);
         let tunnel = Arc::new(Tunnel::new(&self.core, self.key.clone(), link, origin));
-        let replace = self.replacement_due(&tunnel.link);
+        let replace = self.replacement_due(&tunnel.link, shown);
         if !self.core.registry.up(&tunnel) {
             tunnel.link.close(Close::Replaced);
             return (Ended::Lost, before);
@@ -202,9 +205,8 @@ impl Peer {
         over.cancel();
     }
 
-    /// Resolves when a link with a newer certificate should take this one's place.
-    fn replacement_due(&self, link: &Link) -> impl Future<Output = ()> + use<> {
-        let shown = self.core.identity.source.current();
+    /// Resolves when a link with a newer certificate should take the place of this one, which `shown` was shown on.
+    fn replacement_due(&self, link: &Link, shown: Arc<Svid>) -> impl Future<Output = ()> + use<> {
         let source = self.core.identity.source.clone();
         let left = expires(link).map_or(0, |at| at.0).saturating_sub(isthmus_runtime::now());
         let left = Duration::from_millis(left);
