@@ -230,7 +230,8 @@ impl Noticed {
         } else {
             report.note(&format!("{text}: not all within {WITHIN:?}"))
         }
-        report.judged(step, &format!("{what}, no control plane: {self}"), held);
+        let slowest = self.0.iter().map(|(_, took)| took.as_millis()).max().unwrap_or_default();
+        report.judged(step, &format!("{what}: in {slowest} ms"), held);
     }
 }
 

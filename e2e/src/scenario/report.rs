@@ -99,7 +99,10 @@ impl Report {
     pub fn table(&self) -> String {
         let head = ["step", "what happened", "requests", "failed", "last affected", "served by", "held"];
         let mut cells: Vec<[String; 7]> = vec![head.map(str::to_owned)];
-        for r in &self.rows {
+        // What is judged by load is added when the load has ended, later than what is judged at once.
+        let mut rows: Vec<&Row> = self.rows.iter().collect();
+        rows.sort_by(|a, b| a.step.cmp(&b.step));
+        for r in rows {
             let held = if r.held { "yes" } else { "NO" };
             cells.push([
                 r.step.clone(),
