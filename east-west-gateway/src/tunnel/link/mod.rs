@@ -194,7 +194,7 @@ impl SendHalf {
     pub(crate) async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), Broken> {
         match self {
             Self::Quic(send) => send.write_chunk(chunk).await.map_err(|_| Broken),
-            Self::Tcp(send) => send.write_all(&chunk).await,
+            Self::Tcp(send) => send.write_chunk(chunk).await,
         }
     }
 
@@ -298,7 +298,10 @@ impl RecvHalf {
 
     /// What else has arrived already, in order. Never waits; the next [`RecvHalf::chunk`] tells of an end.
     pub(crate) fn more(&mut self) -> Vec<Bytes> {
-        let Self::Quic(recv) = self else { return Vec::new() };
+        let recv = match self {
+            Self::Quic(recv) => recv,
+            Self::Tcp(recv) => return recv.more(BATCH),
+        };
         let mut chunks = [const { Bytes::new() }; BATCH];
         match recv.read_chunks(&mut chunks).now_or_never() {
             Some(Ok(Some(n))) => chunks.into_iter().take(n).collect(),

@@ -5,18 +5,20 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use bytes::{Buf, Bytes, BytesMut};
 use isthmus_api::proto::tunnel::v1::{TcpPreface, TcpPurpose};
-use isthmus_identity::tls::{self, ClientAuth};
+use isthmus_identity::tls::{ClientAuth, TlsError, peer_id, server_config};
 use isthmus_model::ids::ClusterName;
+use rustls::{ServerConfig, pki_types::CertificateDer};
 use tokio::{
     net::{TcpListener, TcpStream},
     time,
 };
-use tokio_rustls::{TlsAcceptor, TlsStream};
 
 use super::{
     ALPN, LinkNumber, MAX_PREFACE, TcpLink, prepare,
-    stream::{self, Connection},
+    stream::Connection,
+    tls::{self, Tls},
 };
 use crate::{
     core::Core,
@@ -48,8 +50,8 @@ pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
         time::sleep(HEARD).await;
     }
     // Made once: what it shows and trusts is read at each handshake.
-    let acceptor = match acceptor(&core) {
-        Ok(acceptor) => acceptor,
+    let config = match config(&core) {
+        Ok(config) => config,
         Err(error) => {
             tracing::error!(error = &error as &dyn std::error::Error, "no links over TCP: TLS cannot be configured");
             return;
@@ -76,10 +78,10 @@ pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
             splice::abort(&tcp);
             continue;
         };
-        let (served, acceptor) = (core.clone(), acceptor.clone());
+        let (served, config) = (core.clone(), config.clone());
         core.tasks.spawn("tunnel.tcp_accept", async move {
             let deadline = served.config.tunnel.handshake_timeout;
-            let sorted = time::timeout(deadline, Newcomer::greet(&served, &acceptor, (tcp, remote))).await;
+            let sorted = time::timeout(deadline, Newcomer::greet(&served, &config, (tcp, remote))).await;
             drop((pending, share));
             match sorted {
                 Ok(Ok(newcomer)) => newcomer.join(&served).await,
@@ -93,42 +95,55 @@ pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
     }
 }
 
-fn acceptor(core: &Core) -> Result<TlsAcceptor, tls::TlsError> {
+fn config(core: &Core) -> Result<Arc<ServerConfig>, TlsError> {
     let identity = &core.identity;
     let auth = ClientAuth::Required(quic::any_gateway(&identity.federation));
-    Ok(TlsAcceptor::from(Arc::new(tls::server_config(&identity.source, &identity.trust, auth, &[ALPN])?)))
+    let mut config = server_config(&identity.source, &identity.trust, auth, &[ALPN])?;
+    config.enable_secret_extraction = true;
+    Ok(Arc::new(config))
 }
 
 /// A connection whose first frame was read.
 struct Newcomer {
-    tls: TlsStream<TcpStream>,
+    tls: Tls,
     remote: SocketAddr,
+    leaf: CertificateDer<'static>,
     cluster: ClusterName,
     number: LinkNumber,
     purpose: TcpPurpose,
 }
 
 impl Newcomer {
-    async fn greet(core: &Core, acceptor: &TlsAcceptor, (tcp, remote): (TcpStream, SocketAddr)) -> io::Result<Self> {
+    async fn greet(
+        core: &Core,
+        config: &Arc<ServerConfig>,
+        (tcp, remote): (TcpStream, SocketAddr),
+    ) -> io::Result<Self> {
         prepare(&tcp, core);
-        let identity = &core.identity;
-        let mut tls = TlsStream::Server(acceptor.accept(tcp).await?);
         let refused = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
-        let id = tls::peer_id(tls.get_ref().1.peer_certificates());
-        let cluster = id.and_then(|id| quic::gateway_cluster(&id, &identity.federation));
+        let established = tls::accept(config, tcp).await?;
+        let verified = established.verified;
+        let leaf = established.leaf.clone().ok_or_else(|| refused("no certificate"))?;
+        let id = peer_id(Some(std::slice::from_ref(&leaf)));
+        let cluster = id.and_then(|id| quic::gateway_cluster(&id, &core.identity.federation));
         let cluster = cluster.ok_or_else(|| refused("not a gateway of this federation"))?;
+        let mut tls = Tls::new(established).map_err(|_| refused("not TLS 1.3"))?;
         let preface = read_preface(&mut tls).await?;
         let number = preface.link.as_slice().try_into().map_err(|_| refused("a link's number has 16 bytes"))?;
         if preface.version != VERSION {
             return Err(refused("this gateway speaks version 1"));
         }
-        Ok(Self { tls, remote, cluster, number, purpose: preface.purpose() })
+        // A link begins with certificates that are shown and verified; its other connections rest on that.
+        if preface.purpose() == TcpPurpose::Control && !verified {
+            return Err(refused("a control connection must not resume another"));
+        }
+        Ok(Self { tls, remote, leaf, cluster, number, purpose: preface.purpose() })
     }
 
     async fn join(self, core: &Arc<Core>) {
-        let Self { tls, remote, cluster, number, purpose } = self;
+        let Self { tls, remote, leaf, cluster, number, purpose } = self;
         if purpose == TcpPurpose::Control {
-            return control(core, (tls, remote), cluster, number).await;
+            return control(core, tls, (remote, leaf), cluster, number).await;
         }
         // What it may do is asked at each use: its link is closed when its cluster may do nothing more.
         let Some(link) = core.tcp_links.find(&number, &cluster) else { return core.metrics.reject("tcp_no_link") };
@@ -144,15 +159,15 @@ impl Newcomer {
 
 async fn control(
     core: &Arc<Core>,
-    (tls, remote): (TlsStream<TcpStream>, SocketAddr),
+    tls: Tls,
+    peer: (SocketAddr, CertificateDer<'static>),
     cluster: ClusterName,
     number: LinkNumber,
 ) {
-    let Some(leaf) = stream::leaf(&tls) else { return };
     if core.draining.is_cancelled() {
         return core.metrics.reject("draining");
     }
-    let link = Arc::new(TcpLink::new(number, cluster.clone(), (remote, leaf), &core.config.tunnel.tcp, None));
+    let link = Arc::new(TcpLink::new(number, cluster.clone(), peer, &core.config.tunnel.tcp, None));
     let (Ok(slot), true) = (link.slots.clone().try_acquire_owned(), core.tcp_links.add(&link)) else {
         return core.metrics.reject("peer_protocol");
     };
@@ -163,15 +178,24 @@ async fn control(
     drop(place);
 }
 
-/// Byte by byte what a frame needs and no more: what follows belongs to somebody else.
-async fn read_preface(tls: &mut TlsStream<TcpStream>) -> io::Result<TcpPreface> {
-    use tokio::io::AsyncReadExt;
-    let length = usize::from(tls.read_u16().await?);
+/// The first frame. What came behind it belongs to the stream.
+async fn read_preface(tls: &mut Tls) -> io::Result<TcpPreface> {
     let invalid = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
-    if length > MAX_PREFACE {
-        return Err(invalid("the first frame is too long"));
+    let mut begun = BytesMut::new();
+    loop {
+        let length = begun.first_chunk().map(|length: &[u8; 2]| usize::from(u16::from_be_bytes(*length)));
+        if length.is_some_and(|length| length > MAX_PREFACE) {
+            return Err(invalid("the first frame is too long"));
+        }
+        if let Some(length) = length
+            && begun.len() >= 2 + length
+        {
+            begun.advance(2);
+            let frame = begun.split_to(length);
+            tls.push_back(begun.freeze());
+            return prost::Message::decode(frame).map_err(|_| invalid("the first frame is no preface"));
+        }
+        let chunk: Option<Bytes> = tls.chunk().await.map_err(|_| io::Error::from(io::ErrorKind::ConnectionReset))?;
+        begun.extend_from_slice(&chunk.ok_or(io::ErrorKind::UnexpectedEof)?);
     }
-    let mut bytes = vec![0; length];
-    tls.read_exact(&mut bytes).await?;
-    prost::Message::decode(bytes.as_slice()).map_err(|_| invalid("the first frame is no preface"))
 }

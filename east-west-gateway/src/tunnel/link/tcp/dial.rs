@@ -10,16 +10,15 @@ use std::{
 };
 
 use isthmus_api::proto::tunnel::v1::{TcpPreface, TcpPurpose};
-use isthmus_identity::tls;
 use isthmus_model::ids::ClusterName;
 use isthmus_runtime::backoff::Backoff;
-use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, pki_types::ServerName};
 use tokio::{net::TcpStream, time};
-use tokio_rustls::{TlsConnector, TlsStream};
 
 use super::{
     ALPN, LinkNumber, TcpLink, prepare,
-    stream::{self, Connection},
+    stream::Connection,
+    tls::{self, Established, Tls},
 };
 use crate::{
     clock,
@@ -72,7 +71,7 @@ pub(super) struct Way {
     address: SocketAddr,
     cluster: ClusterName,
     /// Made once: what it shows and trusts is read at each handshake.
-    tls: TlsConnector,
+    tls: Arc<ClientConfig>,
 }
 
 impl std::fmt::Debug for Way {
@@ -85,15 +84,15 @@ impl std::fmt::Debug for Way {
 pub(crate) async fn dial(core: &Arc<Core>, cluster: &ClusterName, address: SocketAddr) -> Result<Fresh, TcpError> {
     let identity = &core.identity;
     let policy = quic::gateway_of(&identity.federation, cluster);
-    let tls = tls::client_config(Some(&identity.source), &identity.trust, policy, &[ALPN])?;
-    let tls = TlsConnector::from(Arc::new(tls));
-    let way = Way { core: core.clone(), address, cluster: cluster.clone(), tls };
-    let tls = way.handshake().await?;
-    let leaf = stream::leaf(&tls).ok_or(TcpError::Preface)?;
+    let mut config = isthmus_identity::tls::client_config(Some(&identity.source), &identity.trust, policy, &[ALPN])?;
+    config.enable_secret_extraction = true;
+    let way = Way { core: core.clone(), address, cluster: cluster.clone(), tls: Arc::new(config) };
+    let established = way.handshake().await?;
+    let leaf = established.leaf.clone().ok_or(TcpError::Preface)?;
     let number: LinkNumber = rand::random();
     let link = TcpLink::new(number, cluster.clone(), (address, leaf), &core.config.tunnel.tcp, Some(way));
     let link = Arc::new(link);
-    let control = admit(&link, tls, Purpose::Control).await?;
+    let control = admit(&link, established, Purpose::Control).await?;
     core.tasks.spawn("tunnel.tcp_pool", keep(link.clone()));
     let (send, recv) = control.halves();
     Ok(Fresh { link: Link::Tcp(link), send: SendHalf::Tcp(send), recv: RecvHalf::Tcp(recv) })
@@ -107,16 +106,16 @@ impl Way {
         time::timeout(deadline, attempt).await.unwrap_or(Err(TcpError::Timeout))
     }
 
-    async fn handshake(&self) -> Result<TlsStream<TcpStream>, TcpError> {
+    async fn handshake(&self) -> Result<Established, TcpError> {
         let tcp = TcpStream::connect(self.address).await?;
         prepare(&tcp, &self.core);
         // Nobody looks at the name: the SPIFFE ID counts.
         let name = ServerName::IpAddress(self.address.ip().into());
-        Ok(TlsStream::Client(self.tls.connect(name, tcp).await?))
+        Ok(tls::connect(&self.tls, name, tcp).await?)
     }
 }
 
-async fn admit(link: &TcpLink, tls: TlsStream<TcpStream>, purpose: Purpose) -> Result<Connection, TcpError> {
+async fn admit(link: &TcpLink, established: Established, purpose: Purpose) -> Result<Connection, TcpError> {
     let slot = link.slots.clone().try_acquire_owned().map_err(|_| TcpError::Full)?;
     let purpose = match purpose {
         Purpose::Control => TcpPurpose::Control,
@@ -125,9 +124,10 @@ async fn admit(link: &TcpLink, tls: TlsStream<TcpStream>, purpose: Purpose) -> R
     };
     let preface = TcpPreface { version: VERSION, link: link.number.to_vec(), purpose: purpose.into() };
     let preface = frame::encode(&preface).map_err(|_| TcpError::Preface)?;
+    let tls = Tls::new(established).map_err(|_| TcpError::Preface)?;
     let connection = Connection::new(tls, link.cut.clone(), slot);
     let (mut send, _) = connection.clone().halves();
-    send.write_all(&preface).await.map_err(|_| TcpError::Preface)?;
+    send.write_chunk(preface.freeze()).await.map_err(|_| TcpError::Preface)?;
     Ok(connection)
 }
 

@@ -4,12 +4,13 @@
 //! control stream, each other one carries a single stream in its life. Some are kept warm, so that a new stream costs no
 //! handshake. Either side opens streams: the dialler on connections of its own, the acceptor on those that the dialler
 //! *offers* when asked to, since an acceptor may not be able to dial. [`dial`] and [`accept`] make links, [`stream`] is
-//! one connection. What holds: when the control connection ends, so does everything; a connection belongs to the link of
+//! one connection and [`tls`] what protects it. What holds: when the control connection ends, so does everything; a connection belongs to the link of
 //! the same number *and* the same cluster, by its certificate.
 
 pub(crate) mod accept;
 mod dial;
 mod stream;
+mod tls;
 
 use std::{
     collections::{HashMap, VecDeque},
