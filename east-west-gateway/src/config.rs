@@ -3,6 +3,8 @@
 //! In: what `isthmus_runtime::config::load` reads. What holds after validation: limits are non-zero, deadlines are
 //! ordered, ports do not overlap. Errors name the field and say what is allowed.
 
+mod checks;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
@@ -471,6 +473,7 @@ impl Validate for Config {
             check(deadline >= self.drain.accept_for, field, "must not be shorter than drain.acceptFor".to_owned());
         }
         check(self.access_log.sample_percent <= 100, "accessLog.samplePercent", "use 0 to 100".to_owned());
+        checks::check(self, problems);
     }
 }
 
@@ -478,7 +481,7 @@ impl Validate for Config {
 mod tests {
     use super::*;
 
-    const MINIMAL: &str = "
+    pub(super) const MINIMAL: &str = "
 name: gateway-1
 stateDir: /var/lib/isthmus/gateway-1
 listen:
@@ -489,7 +492,7 @@ listen:
   health: 127.1.1.11:15080
 ";
 
-    fn load(text: &str) -> Result<Config, String> {
+    pub(super) fn load(text: &str) -> Result<Config, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("gateway.yaml");
         std::fs::write(&path, text).unwrap();
