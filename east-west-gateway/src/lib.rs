@@ -42,7 +42,7 @@ pub use crate::{
     config::Config,
     debug::Inspector,
     feed::{Feed, Given},
-    handover::successor::TakeOverError,
+    handover::{lock::LockError, successor::TakeOverError},
     serve::{Bound, BuildError, RunError, build, take_over},
     tunnel::registry::TunnelInfo,
     view::View,

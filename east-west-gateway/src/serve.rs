@@ -9,6 +9,7 @@
 use std::{
     future::Future,
     net::{SocketAddr, UdpSocket},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -29,7 +30,9 @@ use crate::{
     debug::{self, Inspector},
     feed::{Agent, Feed, Given},
     handover::{
-        self, predecessor,
+        self,
+        lock::{LockError, StateLock},
+        predecessor,
         shelf::{Role, Shelf},
         socket::SharedSocket,
         steps::Steps,
@@ -64,10 +67,27 @@ const REACH_CHECK: Duration = Duration::from_millis(20);
 pub enum BuildError {
     /// An address cannot be bound.
     #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The health server's address cannot be bound.
+    Bind(BindError),
+    /// The health server's address cannot be used.
     #[error(transparent)]
-    Health(#[from] HealthError),
+    Health(HealthError),
+    /// An address is taken, as by a gateway that runs; nobody was to be taken over.
+    #[error("if this gateway's earlier process still runs, start this one with --take-over")]
+    InUse(#[source] BindError),
+    /// An address is taken, and no gateway could be asked to hand it over.
+    #[error(
+        "a gateway may run at this address, but none with this stateDir ({}), by which --take-over finds it",
+        state_dir.display()
+    )]
+    InUseElsewhere {
+        /// As configured.
+        state_dir: PathBuf,
+        /// The address.
+        source: BindError,
+    },
+    /// The state folder is another gateway's, or cannot be used.
+    #[error(transparent)]
+    Lock(#[from] LockError),
     /// A bound socket does not tell its address.
     #[error("read a bound socket's address")]
     Address(#[source] std::io::Error),
@@ -94,33 +114,100 @@ pub struct Bound {
     health: HealthListener,
     inspector: Inspector,
     successor: Option<Successor>,
+    /// There is none for a gateway that was given its feed and has no state folder.
+    lock: Option<StateLock>,
 }
 
 /// Binds everything that has a fixed address. Pinned ports come and go with the clusters.
 pub async fn build(config: Config, feed: Feed) -> Result<Bound, BuildError> {
-    bind(config, feed, None).await
+    bind(config, feed, Beginning::Afresh).await
 }
 
 /// The same beside a gateway that runs with the same configuration: it gives its sockets, and goes on serving until
 /// [`Bound::run`] is ready to. Without one, this is [`build`].
 pub async fn take_over(config: Config, feed: Feed) -> Result<Bound, BuildError> {
-    let successor = Successor::ask(&config).await?;
-    bind(config, feed, successor).await
+    let beginning =
+        Successor::ask(&config).await?.map_or(Beginning::NobodyThere, |s| Beginning::Succeeding(Box::new(s)));
+    bind(config, feed, beginning).await
 }
 
-async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> Result<Bound, BuildError> {
-    let given = successor.as_ref().map(|s| s.given.clone()).unwrap_or_default();
-    let health = match given.tcp(&Role::Health, config.listen.health) {
-        Some(listener) => health::adopt(listener)?,
-        None => health::bind(config.listen.health).await?,
+/// How a gateway comes to its sockets.
+#[derive(Debug)]
+enum Beginning {
+    Afresh,
+    /// It was to take over.
+    NobodyThere,
+    Succeeding(Box<Successor>),
+}
+
+impl Beginning {
+    /// Says what a taken address may mean.
+    fn explain(&self, config: &Config, error: BindError) -> BuildError {
+        match (self, error) {
+            (Self::Afresh, error @ BindError::InUse { .. }) => BuildError::InUse(error),
+            (Self::NobodyThere, source @ BindError::InUse { .. }) => {
+                BuildError::InUseElsewhere { state_dir: config.state_dir.clone(), source }
+            }
+            (_, error) => BuildError::Bind(error),
+        }
+    }
+
+    /// The state folder's lock: the predecessor's, or a new one.
+    fn lock(&self, config: &Config, feed: &Feed) -> Result<Option<StateLock>, LockError> {
+        let dir = &config.state_dir;
+        let given = match self {
+            Self::Succeeding(successor) => successor.given.state_lock(),
+            Self::Afresh | Self::NobodyThere => None,
+        };
+        if let Some(given) = given {
+            return Ok(Some(StateLock::share(given)));
+        }
+        if matches!(feed, Feed::Agent) {
+            StateLock::make_dir(dir)?;
+        }
+        let asked = !matches!(self, Self::Afresh);
+        dir.is_dir().then(|| StateLock::take(dir, asked)).transpose()
+    }
+}
+
+async fn bind(config: Config, feed: Feed, mut beginning: Beginning) -> Result<Bound, BuildError> {
+    // First of all: it keeps a second gateway off identity and sockets.
+    let lock = beginning.lock(&config, &feed)?;
+    let given = match &beginning {
+        Beginning::Succeeding(successor) => successor.given.clone(),
+        Beginning::Afresh | Beginning::NobodyThere => Arc::default(),
     };
+    let health = match given.tcp(&Role::Health, config.listen.health) {
+        Some(listener) => health::adopt(listener),
+        None => health::bind(config.listen.health).await,
+    };
+    let health = health.map_err(|error| match error {
+        HealthError::Bind(error) => beginning.explain(&config, error),
+        error @ HealthError::Address(_) => BuildError::Health(error),
+    })?;
     let given_tunnel = given.udp(&Role::Tunnel, config.listen.tunnel);
-    successor.iter_mut().for_each(|s| s.shares_tunnel = given_tunnel.is_some());
-    let (tunnel, tunnel_tcp) = bind_tunnel(config.listen.tunnel, given_tunnel, &given).await?;
+    if let Beginning::Succeeding(successor) = &mut beginning {
+        successor.shares_tunnel = given_tunnel.is_some();
+    }
+    let bound = bind_tunnel(config.listen.tunnel, given_tunnel, &given).await;
+    let (tunnel, tunnel_tcp) = bound.map_err(|error| match error {
+        BuildError::Bind(error) => beginning.explain(&config, error),
+        error => error,
+    })?;
     let auto = SocketAddr::new(config.listen.local, config.listen.auto_port);
     let auto = match given.tcp(&Role::Auto, auto) {
         Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
-        None => net::bind_tcp(auto, "listen.autoPort").await?,
+        None => net::bind_tcp(auto, "listen.autoPort").await.map_err(|error| match error {
+            // The port is not what is wrong.
+            BindError::NotOnThisMachine { addr, .. } => {
+                BuildError::Bind(BindError::NotOnThisMachine { field: "listen.local".to_owned(), addr })
+            }
+            error => beginning.explain(&config, error),
+        })?,
+    };
+    let successor = match beginning {
+        Beginning::Succeeding(successor) => Some(*successor),
+        Beginning::Afresh | Beginning::NobodyThere => None,
     };
     Ok(Bound {
         tunnel_addr: tunnel.local_addr().map_err(BuildError::Address)?,
@@ -133,6 +220,7 @@ async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> R
         health,
         inspector: Inspector::default(),
         successor,
+        lock,
     })
 }
 
@@ -152,14 +240,14 @@ async fn bind_tunnel(
     loop {
         let tcp = match given_tcp.take() {
             Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
-            None => net::bind_tcp(address, "listen.tunnel").await?,
+            None => net::bind_tcp(address, "listen.tunnel").await.map_err(BuildError::Bind)?,
         };
         let same = tcp.local_addr().map_err(BuildError::Address)?;
         match given_udp.take().map_or_else(|| net::bind_udp(same, "listen.tunnel"), Ok) {
             Ok(udp) => return Ok((udp, tcp)),
             // A port that the system chose for one may be taken for the other.
             Err(_) if address.port() == 0 && tries < 10 => tries += 1,
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(BuildError::Bind(error)),
         }
     }
 }
@@ -229,6 +317,7 @@ impl Bound {
             steps,
             shelf,
             successor: self.successor,
+            lock: self.lock,
         };
         tasks.critical("gateway", starting.serve(self.feed));
         tasks
@@ -281,11 +370,14 @@ struct Starting {
     steps: Steps,
     shelf: Shelf,
     successor: Option<Successor>,
+    lock: Option<StateLock>,
 }
 
 impl Starting {
     async fn serve(self, feed: Feed) -> Result<(), BoxError> {
         let shutdown = self.tasks.shutdown();
+        // Until this gateway has ended, also while a successor serves that holds it, too.
+        let _lock = self.lock.as_ref().map(|lock| self.shelf.put(Role::Lock, lock)).transpose()?;
         let (given, agent) = match feed {
             Feed::Given(given) => (given, None),
             Feed::Agent => {
@@ -440,7 +532,9 @@ async fn prepared(core: &Core) {
         }
     };
     if time::timeout(REACH_PEERS, reached).await.is_err() {
-        tracing::warn!("not all peers answer; taking over all the same");
+        let peers: Vec<String> =
+            core.registry.untried().into_iter().map(|(cluster, gateway)| format!("{cluster}/{gateway}")).collect();
+        tracing::warn!(peers = peers.join(", "), waited = ?REACH_PEERS, "not all peers answer; taking over all the same");
     }
 }
 

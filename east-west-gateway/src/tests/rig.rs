@@ -134,6 +134,13 @@ impl Gateway {
         Self::launch(name, config, watch::Sender::default(), How { log, ..How::default() }).await.unwrap()
     }
 
+    /// One of a cluster of its own that may fail to start, beside whoever runs.
+    pub(super) async fn try_start(change: impl FnOnce(&mut Config)) -> Result<Self, BuildError> {
+        let mut config = config("gateway-1");
+        change(&mut config);
+        Self::launch("east", config, watch::Sender::default(), How::default()).await
+    }
+
     /// One that takes over from this one, with the same view and configuration. Its addresses are in its inspector.
     pub(super) async fn successor(&self, state_dir: &Path) -> Self {
         self.try_succeed(|config| config.state_dir = state_dir.to_owned()).await.unwrap()
