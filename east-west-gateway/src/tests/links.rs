@@ -116,11 +116,11 @@ async fn tcp_stands_in_for_blocked_udp_only_where_the_link_says_auto_and_only_as
     gateways[0].sees_ready("west").await;
     let tunnel = || gateways[0].inspector.tunnels().remove(0);
     let shown = tunnel();
-    assert_eq!((shown.transport, shown.downgraded), (Some(Transport::Tcp), true));
+    assert_eq!((shown.transport, shown.downgraded), (Transport::Tcp, true));
     let (mut old, mut old_served) = carried(&gateways[0], "west", &west).await;
 
     relay.get().unwrap().block_udp(false);
-    until("QUIC is back", || tunnel().transport == Some(Transport::Quic) && !tunnel().downgraded).await;
+    until("QUIC is back", || tunnel().transport == Transport::Quic && !tunnel().downgraded).await;
     exchange(&mut old, &mut old_served, b"begun over TCP").await;
     let (mut new, mut new_served) = carried(&gateways[0], "west", &west).await;
     exchange(&mut new, &mut new_served, b"over QUIC").await;

@@ -17,15 +17,18 @@ use tokio::time;
 use super::{
     Close,
     control::{self, Control},
+    ending,
     link::{self, Link, RecvHalf, SendHalf, quic},
+    quiet::Quiet,
     registry::{Origin, Tunnel},
 };
-use crate::{core::Core, egress};
+use crate::{clock, core::Core, egress};
 
 /// The peers' links.
 #[derive(Debug, Default)]
 pub(crate) struct Inbound {
     links: Mutex<HashMap<u64, (ClusterName, Link)>>,
+    refused: Quiet,
 }
 
 impl Inbound {
@@ -108,7 +111,7 @@ async fn serve(core: &Arc<Core>, incoming: Incoming) {
         Err(_) => return core.metrics.reject("peer_handshake_timeout"),
     };
     let id = quic::leaf(&connection).and_then(|leaf| tls::peer_id(Some(&[leaf])));
-    let link = Link::Quic(connection);
+    let link = Link::Quic(connection.into());
     match id.and_then(|id| quic::gateway_cluster(&id, &core.identity.federation)) {
         Some(cluster) => member(core, link, None, cluster).await,
         None => {
@@ -125,11 +128,9 @@ pub(super) async fn member(core: &Arc<Core>, link: Link, control: Option<(SendHa
     let (id, remote) = (core.next_id(), link.remote_address());
     // So that one cluster cannot keep the others out.
     let refused = if !core.inbound.admit(id, &cluster, &link, core.config.tunnel.max_connections_per_cluster) {
-        tracing::warn!(%cluster, peer = %remote, "refused a gateway: its cluster has too many links");
         Some(Close::Overloaded)
     } else if !core.current_view().is_active(&cluster) || cluster == core.cluster {
         // Judged after it can be found: a revocation from here on closes it.
-        tracing::warn!(%cluster, peer = %remote, "refused a gateway whose cluster is no active member");
         Some(Close::NotAMember)
     } else {
         None
@@ -138,6 +139,13 @@ pub(super) async fn member(core: &Arc<Core>, link: Link, control: Option<(SendHa
         None => Member { core, link: &link, cluster: &cluster }.serve(control).await,
         Some(why) => {
             core.metrics.reject(why.label());
+            if let Some(times) = core.inbound.refused.times(&cluster, clock::now()) {
+                let words = match why {
+                    Close::Overloaded => "its cluster has too many links (tunnel.maxConnectionsPerCluster)",
+                    _ => "its cluster is no active member",
+                };
+                tracing::warn!(%cluster, peer = %remote, why = words, times, "refused a gateway; told once a minute");
+            }
             link.close(why);
             if let Some((mut send, _)) = control {
                 control::say_why(&mut send, &link).await;
@@ -186,8 +194,12 @@ impl Member<'_> {
         }
         core.registry.down(&tunnel);
         core.links_changed(self.cluster);
-        let why = self.link.why_closed().unwrap_or_default();
-        tracing::info!(cluster = %self.cluster, gateway, why, "peer disconnected");
+        let ending = ending::of(&tunnel, &core.config.tunnel);
+        if ending.planned {
+            tracing::info!(cluster = %self.cluster, gateway, why = ending.words, "peer disconnected");
+        } else {
+            tracing::warn!(cluster = %self.cluster, gateway, why = ending.words, "peer disconnected");
+        }
     }
 }
 

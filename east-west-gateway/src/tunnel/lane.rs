@@ -8,6 +8,7 @@
 use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
 use isthmus_identity::svid::Svid;
+use isthmus_model::local::Transport;
 use isthmus_runtime::backoff::Backoff;
 use quinn::Endpoint;
 use tokio::{sync::watch, time};
@@ -16,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Close, accept,
     control::{Control, HelloError},
+    ending,
     link::{self, Link, quic, tcp},
     registry::{Origin, PeerKey, Steer, Tunnel},
 };
@@ -41,6 +43,15 @@ pub(super) enum Lane {
     TcpWithoutQuic,
 }
 
+impl Lane {
+    fn transport(self) -> Transport {
+        match self {
+            Self::Quic => Transport::Quic,
+            Self::Tcp | Self::TcpWithoutQuic => Transport::Tcp,
+        }
+    }
+}
+
 /// Why a peer could not be reached.
 #[derive(Debug, thiserror::Error)]
 enum DialError {
@@ -50,8 +61,8 @@ enum DialError {
     Tcp(#[from] tcp::TcpError),
     #[error("open the control stream")]
     Control(#[from] HelloError),
-    #[error("no answer in time")]
-    Timeout,
+    #[error("no answer within {0:?}: is the gateway up, and does the way let {1} through?")]
+    Timeout(Duration, &'static str),
     #[error("the gateway at this address calls itself {0:?}")]
     OtherGateway(String),
 }
@@ -104,20 +115,27 @@ impl Peer {
                         continue;
                     }
                 }
-                Err(error) => {
-                    tracing::debug!(
-                        cluster = %self.key.0, gateway = self.key.1, address = %self.address,
-                        error = isthmus_runtime::tasks::chain(&error), "peer not reached"
-                    );
-                    self.core.registry.failed(&self.key);
-                    self.core.refresh(&self.key.0);
-                }
+                Err(error) => self.failed(lane, &error),
             }
             tokio::select! {
                 () = time::sleep(backoff.next()) => {}
                 _ = wake.changed() => {}
             }
         }
+    }
+
+    /// The first failure in a row is worth a look; the rest is in the status and the metrics.
+    fn failed(&self, lane: Lane, error: &DialError) {
+        let transport = lane.transport();
+        let (cluster, gateway) = &self.key;
+        let (address, over, error) = (self.address, link::label(transport), isthmus_runtime::tasks::chain(error));
+        self.core.metrics.dial_failed(cluster, gateway, over);
+        if self.core.registry.failed(&self.key, transport, error.clone()) {
+            tracing::warn!(%cluster, gateway, %address, transport = over, error, "peer not reached; trying on");
+        } else {
+            tracing::debug!(%cluster, gateway, %address, transport = over, error, "peer not reached");
+        }
+        self.core.refresh(cluster);
     }
 
     async fn dial(&self, lane: Lane) -> Result<(Link, Control), DialError> {
@@ -137,7 +155,12 @@ impl Peer {
             }
             Ok((fresh.link, control))
         };
-        time::timeout(core.config.tunnel.handshake_timeout, attempt).await.unwrap_or(Err(DialError::Timeout))
+        let deadline = core.config.tunnel.handshake_timeout;
+        let protocol = match lane.transport() {
+            Transport::Quic => "UDP",
+            Transport::Tcp => "TCP",
+        };
+        time::timeout(deadline, attempt).await.unwrap_or(Err(DialError::Timeout(deadline, protocol)))
     }
 
     /// From here until it ends or is replaced, new streams may use the link, and `before` takes none any more. Returns the
@@ -161,9 +184,9 @@ impl Peer {
         if let Some(before) = before {
             before.retire();
         }
-        tracing::info!(
-            %cluster, gateway, address = %self.address, transport = link::label(transport), rtt = ?tunnel.rtt(), "tunnel up"
-        );
+        // TCP does not tell; the first probe will.
+        let rtt = Some(tunnel.rtt()).filter(|rtt| !rtt.is_zero()).map(tracing::field::debug);
+        tracing::info!(%cluster, gateway, address = %self.address, transport = link::label(transport), rtt, "tunnel up");
         if lane == Lane::TcpWithoutQuic && self.core.registry.set_downgraded(&self.key, true) {
             tracing::warn!(%cluster, gateway, "QUIC does not get through to this gateway: TCP stands in for it");
             self.core.metrics.downgrade(cluster);
@@ -173,10 +196,17 @@ impl Peer {
         self.core.tasks.spawn("tunnel.carry", self.clone().serve(tunnel.clone(), control, over.clone()));
         let (replaced, serves_on) = tokio::select! {
             () = over.cancelled() => (Ended::Lost, None),
-            () = replace => (Ended::Replace, Some(tunnel.clone())),
-            () = tunnel.succeeded.cancelled() => (Ended::Replace, Some(tunnel.clone())),
-            () = self.with_quic(), if lane == Lane::TcpWithoutQuic => (Ended::Replace, None),
+            () = replace => (Ended::Replace, Some((tunnel.clone(), "a certificate was renewed or nears its end"))),
+            () = tunnel.succeeded.cancelled() => (Ended::Replace, Some((tunnel.clone(), "the peer was taken over by its successor"))),
+            () = self.with_quic(), if lane == Lane::TcpWithoutQuic => {
+                tunnel.set_replaced_because("QUIC gets through again");
+                (Ended::Replace, None)
+            }
         };
+        let serves_on = serves_on.map(|(tunnel, why)| {
+            tunnel.set_replaced_because(why);
+            tunnel
+        });
         if serves_on.is_none() {
             tunnel.retire();
         }
@@ -192,7 +222,10 @@ impl Peer {
         tokio::select! {
             () = control.run(core, &tunnel) => {}
             () = accept::streams(core, &tunnel) => {}
-            () = core.expiry(&tunnel.link) => tunnel.link.close(Close::Replaced),
+            () = core.expiry(&tunnel.link) => {
+                tunnel.set_replaced_because("the peer's certificate ended");
+                tunnel.link.close(Close::Replaced);
+            }
             () = tunnel.spent() => tunnel.link.close(Close::Replaced),
             // Whoever cancelled has closed the link with its reason.
             () = self.steer.cancel.cancelled() => {}
@@ -200,8 +233,13 @@ impl Peer {
         core.registry.down(&tunnel);
         core.links_changed(&self.key.0);
         tunnel.link.close(Close::Drained);
-        let why = tunnel.link.why_closed().unwrap_or_default();
-        tracing::info!(cluster = %self.key.0, gateway = self.key.1, why, "tunnel down");
+        let ending = ending::of(&tunnel, &core.config.tunnel);
+        let (cluster, gateway) = &self.key;
+        if ending.planned {
+            tracing::info!(%cluster, gateway, why = ending.words, "tunnel down");
+        } else {
+            tracing::warn!(%cluster, gateway, why = ending.words, "tunnel down");
+        }
         over.cancel();
     }
 

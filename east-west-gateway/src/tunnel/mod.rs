@@ -9,12 +9,14 @@
 
 pub(crate) mod accept;
 pub(crate) mod control;
+mod ending;
 pub(crate) mod inbox;
 mod lane;
 pub(crate) mod link;
 mod liveness;
 pub(crate) mod outbox;
 pub(crate) mod peers;
+mod quiet;
 pub(crate) mod registry;
 pub(crate) mod session;
 pub(crate) mod stalled;
@@ -44,6 +46,14 @@ pub(crate) enum Close {
 }
 
 impl Close {
+    const ALL: [Self; 7] =
+        [Self::Drained, Self::NotAMember, Self::Revoked, Self::Dead, Self::Protocol, Self::Replaced, Self::Overloaded];
+
+    /// The one that goes by these words.
+    fn from_label(label: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|why| why.label() == label)
+    }
+
     /// The code on the wire.
     pub(crate) fn code(self) -> VarInt {
         VarInt::from_u32(match self {

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -57,6 +57,7 @@ pub(crate) struct Tunnel {
     /// The peer's successor is to be dialled; this tunnel serves until that one's does.
     pub(crate) succeeded: CancellationToken,
     retired: CancellationToken,
+    replaced_because: OnceLock<&'static str>,
     idle: Notify,
     packets: Mutex<Packets>,
 }
@@ -92,6 +93,7 @@ impl Tunnel {
             goaway: AtomicBool::new(false),
             succeeded: CancellationToken::new(),
             retired: CancellationToken::new(),
+            replaced_because: OnceLock::new(),
             idle: Notify::new(),
             packets: Mutex::default(),
         }
@@ -125,6 +127,16 @@ impl Tunnel {
     /// No new streams here: another link takes its place.
     pub(crate) fn retire(&self) {
         self.retired.cancel();
+    }
+
+    /// It ends, or will, for this reason.
+    pub(crate) fn set_replaced_because(&self, words: &'static str) {
+        self.replaced_because.get_or_init(|| words);
+    }
+
+    /// See above.
+    pub(crate) fn replaced_because(&self) -> Option<&'static str> {
+        self.replaced_because.get().copied()
     }
 
     /// Resolves when another link has taken its place, or it has ended.
@@ -259,6 +271,10 @@ struct Dial {
     tried: bool,
     /// An `auto` link runs over TCP, since QUIC does not get through.
     downgraded: bool,
+    /// What it is to run over, if there is a choice.
+    transport: Transport,
+    /// Why the last attempt failed, and over what; until one succeeds over the same.
+    error: Option<(Transport, String)>,
 }
 
 /// A tunnel and what was said on it.
@@ -306,8 +322,10 @@ pub struct TunnelInfo {
     pub address: Option<SocketAddr>,
     /// It works.
     pub up: bool,
-    /// What carries it, while it is up.
-    pub transport: Option<Transport>,
+    /// What carries it; while it is down, what it is to run over.
+    pub transport: Transport,
+    /// Why the last attempt to dial it failed, if none has succeeded since over the same transport.
+    pub dial_error: Option<String>,
     /// It should run over QUIC and does not.
     pub downgraded: bool,
     /// Links that we dialled, and that the peer dialled.
@@ -324,9 +342,9 @@ pub struct TunnelInfo {
     pub packets_sent: u64,
     /// See above.
     pub packets_lost: u64,
-    /// The most that one of them has lost of late, per million sent.
+    /// What the link that the next stream would likely take has lost of late, per million sent (QUIC).
     pub loss_ppm: u32,
-    /// Congestion windows together, in bytes (QUIC).
+    /// Its congestion window, in bytes (QUIC).
     pub congestion_window: u64,
     /// How full it says it is, in permille.
     pub load_permille: u32,
@@ -343,9 +361,9 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// A peer is to be dialled at `address`.
-    pub(crate) fn add(&self, key: PeerKey, address: SocketAddr, steer: Steer) {
-        let dial = Dial { address, steer, tried: false, downgraded: false };
+    /// A peer is to be dialled at `address`, if possible over `transport`.
+    pub(crate) fn add(&self, key: PeerKey, (address, transport): (SocketAddr, Transport), steer: Steer) {
+        let dial = Dial { address, steer, tried: false, downgraded: false, transport, error: None };
         self.lock().entry(key).or_default().dial = Some(dial);
     }
 
@@ -389,6 +407,7 @@ impl Registry {
             Origin::Dialled(address) => match peers.get_mut(&key_of(tunnel)) {
                 Some(Peer { dial: Some(dial), legs, .. }) if dial.address == address => {
                     dial.tried = true;
+                    dial.error.take_if(|(over, _)| *over == tunnel.link.transport());
                     legs.push(leg);
                     true
                 }
@@ -402,11 +421,18 @@ impl Registry {
         self.lock().values().filter_map(|peer| peer.dial.as_ref()).all(|dial| dial.tried)
     }
 
-    /// An attempt to reach the peer failed.
-    pub(crate) fn failed(&self, key: &PeerKey) {
-        if let Some(dial) = self.lock().get_mut(key).and_then(|peer| peer.dial.as_mut()) {
-            dial.tried = true;
-        }
+    /// An attempt to reach the peer over `transport` failed. Returns whether that is news.
+    pub(crate) fn failed(&self, key: &PeerKey, transport: Transport, error: String) -> bool {
+        let mut peers = self.lock();
+        let Some(dial) = peers.get_mut(key).and_then(|peer| peer.dial.as_mut()) else { return false };
+        dial.tried = true;
+        dial.error.replace((transport, error)).is_none()
+    }
+
+    /// Peers of which one was not tried yet.
+    pub(crate) fn untried(&self) -> Vec<PeerKey> {
+        let untried = |peer: &Peer| peer.dial.as_ref().is_some_and(|dial| !dial.tried);
+        self.lock().iter().filter(|(_, peer)| untried(peer)).map(|(key, _)| key.clone()).collect()
     }
 
     /// An `auto` link runs over TCP for want of QUIC, or does not any more. Returns whether that is news.
@@ -541,7 +567,8 @@ impl Registry {
             gateway: info.gateway,
             up: info.up && !info.draining,
             rtt_us: info.rtt_us,
-            transport: info.transport.unwrap_or_default(),
+            transport: info.transport,
+            dial_error: info.dial_error.unwrap_or_default(),
             downgraded: info.downgraded,
             loss_ppm: info.loss_ppm,
             cwnd_bytes: info.congestion_window,
@@ -561,7 +588,11 @@ impl Registry {
                 gateway: gateway.clone(),
                 address: peer.dial.as_ref().map(|dial| dial.address),
                 up: !tunnels.is_empty(),
-                transport: first.map(|t| t.link.transport()),
+                transport: first.map_or_else(
+                    || peer.dial.as_ref().map(|dial| dial.transport).unwrap_or_default(),
+                    |t| t.link.transport(),
+                ),
+                dial_error: peer.dial.as_ref().and_then(|dial| Some(dial.error.as_ref()?.1.clone())),
                 downgraded: peer.dial.as_ref().is_some_and(|dial| dial.downgraded),
                 links: tunnels.len(),
                 accepted: tunnels.iter().filter(|t| t.origin == Origin::Accepted).count(),
@@ -570,8 +601,8 @@ impl Registry {
                 rtt_us: first.map(|t| t.rtt_us.load(Ordering::Relaxed)).unwrap_or_default(),
                 packets_sent: paths.iter().map(|p| p.sent).sum(),
                 packets_lost: paths.iter().map(|p| p.lost).sum(),
-                loss_ppm: tunnels.iter().map(|t| t.loss_ppm()).max().unwrap_or_default(),
-                congestion_window: paths.iter().map(|p| p.window).sum(),
+                loss_ppm: first.map(|t| t.loss_ppm()).unwrap_or_default(),
+                congestion_window: first.map(|t| t.link.path().window).unwrap_or_default(),
                 load_permille: first.map(|t| t.load.load(Ordering::Relaxed)).unwrap_or_default(),
                 open_streams: tunnels.iter().map(|t| t.open.load(Ordering::Relaxed)).sum(),
                 ready: peer.table().iter().map(|(service, word)| (service.clone(), word.ready)).collect(),

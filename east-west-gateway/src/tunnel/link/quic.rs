@@ -138,7 +138,7 @@ pub(crate) async fn dial(
 ) -> Result<Fresh, DialError> {
     let connection = connect(endpoint, config, identity, (cluster, address)).await?;
     let (send, recv) = connection.open_bi().await?;
-    Ok(Fresh { link: Link::Quic(connection), send: SendHalf::Quic(send), recv: RecvHalf::Quic(recv) })
+    Ok(Fresh { link: Link::Quic(connection.into()), send: SendHalf::Quic(send), recv: RecvHalf::Quic(recv) })
 }
 
 /// The same without a control stream.
