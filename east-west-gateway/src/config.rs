@@ -4,6 +4,8 @@
 //! ordered, ports do not overlap. Errors name the field and say what is allowed.
 
 mod checks;
+#[cfg(test)]
+mod reference;
 
 use std::{
     collections::BTreeMap,
