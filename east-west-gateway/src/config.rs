@@ -366,6 +366,16 @@ pub struct AccessLogConfig {
 }
 
 impl Config {
+    /// Files that are open when all limits on connections are reached: a carried connection has one at each end, where the
+    /// far end may be a link over TCP.
+    pub(crate) fn open_files(&self) -> u64 {
+        let tcp = self.tunnel.transport != LinkTransport::Quic
+            || self.tunnel.links.values().any(|over| *over != LinkTransport::Quic);
+        let ends = if tcp { 2 } else { 1 };
+        let carried = (self.ingress.max_connections + self.egress.max_streams) * ends;
+        u64::try_from(carried + self.tunnel.tcp.max_pending_handshakes).unwrap_or(u64::MAX)
+    }
+
     /// The address that peers dial, given the one that was bound; `None`: they cannot.
     pub(crate) fn advertised(&self, bound: SocketAddr) -> Option<SocketAddr> {
         (!self.dial_only).then(|| self.advertise.unwrap_or(bound))

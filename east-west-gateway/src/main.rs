@@ -57,7 +57,7 @@ struct Arguments {
 async fn main() -> ExitCode {
     isthmus_identity::install_crypto();
     match run(&Arguments::parse()).await {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             // The chain in one line, without a backtrace: what is wrong is for the operator, not for us.
             eprintln!("error: {error:#}");
@@ -66,11 +66,11 @@ async fn main() -> ExitCode {
     }
 }
 
-async fn run(arguments: &Arguments) -> anyhow::Result<()> {
+async fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let config: Config = config::load(&arguments.config, "ISTHMUS_GATEWAY")?;
     if arguments.check_config {
         println!("{} is valid", arguments.config.display());
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
     let telemetry = telemetry::init("isthmus-gateway", &config.name, &config.telemetry)?;
     let bound =
@@ -78,7 +78,11 @@ async fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let bound = bound.context("start the gateway")?;
     let outcome = bound.run_until_signal().await;
     telemetry.shutdown();
-    Ok(outcome?)
+    match outcome {
+        // It is in the log already.
+        Err(_) if tracing::enabled!(tracing::Level::ERROR) => Ok(ExitCode::FAILURE),
+        outcome => Ok(outcome.map(|()| ExitCode::SUCCESS)?),
+    }
 }
 
 #[cfg(test)]

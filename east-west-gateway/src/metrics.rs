@@ -238,6 +238,13 @@ impl Metrics {
         StreamGuard { gauge, carried_now: self.carried_now.clone() }
     }
 
+    /// How many have been carried so far, both ways, those that still are included.
+    pub(crate) fn carried_so_far(&self) -> u64 {
+        let of =
+            |direction: Direction| self.streams.get_or_create(&DirectionLabel { direction: direction.label() }).get();
+        of(Direction::Ingress) + of(Direction::Egress)
+    }
+
     /// How many are carried now, both ways.
     pub(crate) fn carried_now(&self) -> usize {
         self.carried_now.load(Ordering::Relaxed)

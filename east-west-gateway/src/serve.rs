@@ -3,13 +3,11 @@
 //! Sockets are bound first, or taken over from a running gateway, so that a taken port is an error at once; health is
 //! served before the gateway is enrolled. A gateway that takes over prepares everything and then waits for its
 //! predecessor's word ([`crate::handover`]).
-//! Drain: unready, agent and peers told; after a while no new connection; running ones finish until the deadline; then
-//! all is reset. When a successor serves, the same without a word to the agent, and with more time.
+//! It ends with a [drain](crate::drain).
 
 use std::{
     future::Future,
     net::{SocketAddr, UdpSocket},
-    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -20,23 +18,26 @@ use isthmus_runtime::{
     BoxError,
     health::{self, Gate, HealthError, HealthListener, Readiness, Registry},
     net::{self, BindError},
-    tasks::{Shutdown, TaskError, Tasks},
+    open_files,
+    tasks::{TaskError, Tasks},
 };
 use tokio::{net::TcpListener, sync::watch, time};
 
 use crate::{
+    beginning::{Beginning, BuildError},
     config::Config,
     core::{Core, Parts},
     debug::{self, Inspector},
+    drain::drain,
     feed::{Agent, Feed, Given},
     handover::{
         self,
-        lock::{LockError, StateLock},
+        lock::StateLock,
         predecessor,
         shelf::{Role, Shelf},
         socket::SharedSocket,
         steps::Steps,
-        successor::{Successor, TakeOverError},
+        successor::Successor,
     },
     ingress,
     metrics::Metrics,
@@ -61,40 +62,6 @@ const MARGIN: Duration = Duration::from_secs(3);
 /// For a successor to reach each of its peers before it takes over; those that do not answer must not hold it up.
 const REACH_PEERS: Duration = Duration::from_secs(5);
 const REACH_CHECK: Duration = Duration::from_millis(20);
-
-/// Why a gateway did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    /// An address cannot be bound.
-    #[error(transparent)]
-    Bind(BindError),
-    /// The health server's address cannot be used.
-    #[error(transparent)]
-    Health(HealthError),
-    /// An address is taken, as by a gateway that runs; nobody was to be taken over.
-    #[error("if this gateway's earlier process still runs, start this one with --take-over")]
-    InUse(#[source] BindError),
-    /// An address is taken, and no gateway could be asked to hand it over.
-    #[error(
-        "a gateway may run at this address, but none with this stateDir ({}), by which --take-over finds it",
-        state_dir.display()
-    )]
-    InUseElsewhere {
-        /// As configured.
-        state_dir: PathBuf,
-        /// The address.
-        source: BindError,
-    },
-    /// The state folder is another gateway's, or cannot be used.
-    #[error(transparent)]
-    Lock(#[from] LockError),
-    /// A bound socket does not tell its address.
-    #[error("read a bound socket's address")]
-    Address(#[source] std::io::Error),
-    /// A gateway runs and could not be taken over.
-    #[error("take over from the running gateway")]
-    TakeOver(#[from] TakeOverError),
-}
 
 /// Why a gateway stopped other than by request.
 #[derive(Debug, thiserror::Error)]
@@ -129,45 +96,6 @@ pub async fn take_over(config: Config, feed: Feed) -> Result<Bound, BuildError> 
     let beginning =
         Successor::ask(&config).await?.map_or(Beginning::NobodyThere, |s| Beginning::Succeeding(Box::new(s)));
     bind(config, feed, beginning).await
-}
-
-/// How a gateway comes to its sockets.
-#[derive(Debug)]
-enum Beginning {
-    Afresh,
-    /// It was to take over.
-    NobodyThere,
-    Succeeding(Box<Successor>),
-}
-
-impl Beginning {
-    /// Says what a taken address may mean.
-    fn explain(&self, config: &Config, error: BindError) -> BuildError {
-        match (self, error) {
-            (Self::Afresh, error @ BindError::InUse { .. }) => BuildError::InUse(error),
-            (Self::NobodyThere, source @ BindError::InUse { .. }) => {
-                BuildError::InUseElsewhere { state_dir: config.state_dir.clone(), source }
-            }
-            (_, error) => BuildError::Bind(error),
-        }
-    }
-
-    /// The state folder's lock: the predecessor's, or a new one.
-    fn lock(&self, config: &Config, feed: &Feed) -> Result<Option<StateLock>, LockError> {
-        let dir = &config.state_dir;
-        let given = match self {
-            Self::Succeeding(successor) => successor.given.state_lock(),
-            Self::Afresh | Self::NobodyThere => None,
-        };
-        if let Some(given) = given {
-            return Ok(Some(StateLock::share(given)));
-        }
-        if matches!(feed, Feed::Agent) {
-            StateLock::make_dir(dir)?;
-        }
-        let asked = !matches!(self, Self::Afresh);
-        dir.is_dir().then(|| StateLock::take(dir, asked)).transpose()
-    }
 }
 
 async fn bind(config: Config, feed: Feed, mut beginning: Beginning) -> Result<Bound, BuildError> {
@@ -275,6 +203,15 @@ impl Bound {
 
     /// Serves until SIGTERM or SIGINT, then drains.
     pub async fn run_until_signal(self) -> Result<(), RunError> {
+        let needed = self.config.open_files();
+        if let Some(limit) = open_files::limit().filter(|limit| *limit < needed) {
+            tracing::warn!(
+                limit,
+                needed,
+                "the limit of open files is below what ingress.maxConnections and egress.maxStreams allow: raise it \
+                 (ulimit -n, LimitNOFILE), or lower those"
+            );
+        }
         let grace = self.grace();
         Ok(self.start().run(grace).await?)
     }
@@ -545,32 +482,4 @@ async fn close_rest(core: Arc<Core>, given: Arc<handover::shelf::Given>) {
         () = prepared(&core) => given.close_rest(),
         () = core.stop.cancelled() => {}
     }
-}
-
-pub(crate) async fn drain(core: &Core, shutdown: &Shutdown) {
-    let drain = &core.config.drain;
-    let taken_over = core.steps.taken_over.is_cancelled();
-    let deadline = if taken_over { drain.handover_deadline } else { drain.deadline };
-    tracing::info!(carried = core.carried.len(), ?deadline, taken_over, "draining");
-    core.draining.cancel();
-    time::sleep(drain.accept_for).await;
-    core.closing.cancel();
-    core.carried.close();
-    let over = async {
-        let left = time::sleep(deadline.saturating_sub(drain.accept_for));
-        if taken_over {
-            // Whoever asks now wants it over within the time that this takes otherwise.
-            tokio::select! {
-                () = left => {}
-                () = shutdown.requested() => time::sleep(drain.deadline).await,
-            }
-        } else {
-            left.await;
-        }
-    };
-    tokio::select! {
-        () = core.carried.wait() => {}
-        () = over => tracing::warn!(carried = core.carried.len(), "drain deadline over; the rest is reset"),
-    }
-    core.stop.cancel();
 }

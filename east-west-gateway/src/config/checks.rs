@@ -131,6 +131,15 @@ mod tests {
     }
 
     #[test]
+    fn the_open_files_of_the_limits_count_a_links_connections_where_it_may_be_tcp() {
+        let files = |more: &str| load(&format!("{MINIMAL}{more}")).unwrap().open_files();
+        assert_eq!(files(""), 41_024);
+        for over in ["tunnel: { transport: auto }", "tunnel: { links: { us-west: tcp } }"] {
+            assert_eq!(files(&format!("{over}\n")), 81_024, "{over}");
+        }
+    }
+
+    #[test]
     fn two_listeners_on_one_address_are_refused_by_name() {
         let moved = |from: &str, to: &str| MINIMAL.replace(from, to);
         refused(&moved("autoPort: 15440", "autoPort: 15443"), "listen.autoPort", "own listen.tunnel");

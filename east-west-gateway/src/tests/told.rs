@@ -57,6 +57,8 @@ async fn a_dead_peer_is_told_as_dead_and_a_drained_one_as_drained() {
             gateways[1].set_endpoints(&[server.address]);
             gateways.iter().for_each(|gateway| gateway.set_global(&global));
             gateways[0].sees_ready("west").await;
+            // West may have dialled first.
+            until("east's own link is up", || !log.lines("tunnel up").is_empty()).await;
             let [_east, gone] = gateways;
             west = gone;
             if kills {
@@ -77,15 +79,37 @@ async fn a_dead_peer_is_told_as_dead_and_a_drained_one_as_drained() {
             };
             assert!(why.contains(words), "{over:?}: {why}");
             assert_eq!(levels(&said[..1]), [level]);
-            let up = log
-                .lines("tunnel up")
-                .into_iter()
-                .next()
-                .unwrap_or_else(|| panic!("{over:?} {kills}: {:?}", log.lines("")));
+            let up = log.lines("tunnel up").remove(0);
             let measured = up["fields"].get("rtt").is_some();
             assert_eq!(measured, over == LinkTransport::Quic, "{up}");
         }
     }
+}
+
+#[tokio::test]
+async fn a_drains_last_line_tells_how_many_finished_and_how_many_were_reset() {
+    let (log, dispatch, _guard) = Log::open("west", None);
+    let server = Server::bind().await;
+    let short = |config: &mut crate::Config| config.drain.deadline = super::rig::ms(1_000);
+    let gateways = [Gateway::start("east").await, Gateway::start_logging("west", dispatch, short).await];
+    let global = introduce(&gateways, &[("east", &[]), ("west", &[server.address])]);
+    gateways[1].set_endpoints(&[server.address]);
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    gateways[0].sees_ready("west").await;
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        let client = super::rig::knock(gateways[0].auto, &super::rig::sni(None)).await;
+        open.push((client, server.greet(b"hi").await));
+    }
+    let [_east, mut west] = gateways;
+    let core = west.core().await;
+    until("all are carried", || core.metrics.carried_now() == 3).await;
+    west.drain();
+    until("the drain has begun", || !log.lines("draining").is_empty()).await;
+    drop(open.remove(0));
+    west.ended().await;
+    let said = log.lines("drained");
+    assert_eq!((&said[0]["fields"]["finished"], &said[0]["fields"]["reset"]), (&1.into(), &2.into()), "{said:?}");
 }
 
 #[tokio::test]
