@@ -7,7 +7,7 @@
 pub(crate) mod ejection;
 pub(crate) mod endpoint;
 
-use std::{sync::Arc, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Accept, Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
@@ -73,59 +73,72 @@ struct Asked {
 impl Stream {
     /// Serves the stream to its end.
     pub(crate) async fn serve(self) {
-        let Self { core, tunnel, mut send, recv, carried: token } = self;
-        let peer = &tunnel.cluster;
-        let began = clock::now();
-        let mut reader = FrameReader::new(recv, MAX_HEADER);
-        let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
+        let Self { core, tunnel, send, recv, carried: token } = self;
+        let mut access = Access::new(Direction::Egress, tunnel.cluster.clone(), core.cluster.clone(), clock::now());
         access.came_from(Source::Peer { gateway: &tunnel.gateway, id: tunnel.link.leaf() });
         // Held until the stream has ended.
         let slot = core.stream_slots.clone().try_acquire_owned();
-        let placed = match (&slot, core.admit()) {
-            // Boxed, as what else is over soon: it takes much more memory than the carrying.
-            (Ok(_), Ok(())) => Box::pin(place(&core, peer, &mut reader, &send, &mut access)).await,
-            (_, Err(why)) => Err(Some(Refusal::new(RejectReason::Overloaded, true, why.detail()))),
-            (Err(_), _) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
+        // Boxed, since what is over soon takes much more memory than the carrying.
+        let opened = open(&core, &tunnel, slot.is_ok(), (send, recv), &mut access);
+        let Some((mut far, answered, first)) = Box::pin(opened).await else { return access.finish(&core, None) };
+        let guard = core.metrics.stream(Direction::Egress);
+        let limits = Limits {
+            idle: core.config.ingress.idle_timeout,
+            lifetime: core.config.ingress.max_lifetime,
+            // What peers send slowly to us is bounded by the endpoint's own pace, and that is a near side, too.
+            stalled: tunnel.stalled.as_ref(),
+            force: &core.stop,
+            draining: &core.draining,
         };
-        let (mut recv, _) = reader.into_parts();
-        match placed {
-            Ok(answered) => {
-                let guard = core.metrics.stream(Direction::Egress);
-                access.accepted();
-                access.destined(&core.cluster, None, Some(answered.lease.address()));
-                if Box::pin(accept(&mut send, answered.first.clone())).await.is_err() {
-                    link::reset(&mut send, &mut recv);
-                    splice::abort(&answered.tcp);
-                    return access.finish(&core, None);
-                }
-                let limits = Limits {
-                    idle: core.config.ingress.idle_timeout,
-                    lifetime: core.config.ingress.max_lifetime,
-                    // What peers send slowly to us is bounded by the endpoint's own pace, and that is a near side, too.
-                    stalled: tunnel.stalled.as_ref(),
-                    force: &core.stop,
-                    draining: &core.draining,
-                };
-                let mut carried = splice::splice(answered.tcp, Far::Tunnel(send, recv), Bytes::new(), limits).await;
-                carried.out += answered.first.len() as u64;
-                access.finish(&core, Some(carried));
-                drop((guard, answered.lease));
-            }
-            Err(None) => {
+        let mut carried = splice::splice(&answered.tcp, &mut far, Bytes::new(), limits).await;
+        carried.out += first as u64;
+        access.finish(&core, Some(carried));
+        drop((guard, answered, slot, token));
+    }
+}
+
+/// Finds an endpoint that answers, and accepts the stream; with the number of bytes that went back by that. `None`: it was
+/// turned away, and counted.
+async fn open(
+    core: &Arc<Core>,
+    tunnel: &Tunnel,
+    has_slot: bool,
+    (mut send, recv): (SendHalf, RecvHalf),
+    access: &mut Access,
+) -> Option<(Far, Answered, usize)> {
+    let mut reader = FrameReader::new(recv, MAX_HEADER);
+    let placed = match core.admit() {
+        Ok(()) if has_slot => place(core, &tunnel.cluster, &mut reader, &send, access).await,
+        Ok(()) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
+        Err(why) => Err(Some(Refusal::new(RejectReason::Overloaded, true, why.detail()))),
+    };
+    let (mut recv, _) = reader.into_parts();
+    match placed {
+        Ok(mut answered) => {
+            access.accepted();
+            access.destined(&core.cluster, None, Some(answered.lease.address()));
+            let first = mem::take(&mut answered.first);
+            let length = first.len();
+            if accept(&mut send, first).await.is_err() {
                 link::reset(&mut send, &mut recv);
-                core.metrics.reject("egress_abandoned");
-                access.failed("abandoned");
-                access.finish(&core, None);
+                splice::abort(&answered.tcp);
+                return None;
             }
-            Err(Some(refusal)) => {
-                core.metrics.reject(label(refusal.reason));
-                access.failed(label(refusal.reason));
-                access.because(refusal.detail);
-                access.finish(&core, None);
-                Box::pin(refuse(&mut send, &mut recv, &refusal)).await;
-            }
+            Some((Far::Tunnel(send, recv), answered, length))
         }
-        drop((slot, token));
+        Err(None) => {
+            link::reset(&mut send, &mut recv);
+            core.metrics.reject("egress_abandoned");
+            access.failed("abandoned");
+            None
+        }
+        Err(Some(refusal)) => {
+            core.metrics.reject(label(refusal.reason));
+            access.failed(label(refusal.reason));
+            access.because(refusal.detail);
+            refuse(&mut send, &mut recv, &refusal).await;
+            None
+        }
     }
 }
 
