@@ -265,7 +265,9 @@ struct Dial {
 #[derive(Debug)]
 struct Leg {
     tunnel: Arc<Tunnel>,
-    /// Its first snapshot has come.
+    /// Its first snapshot has begun.
+    began: bool,
+    /// It has come, all of it: half of one would read as endpoints that are gone.
     spoken: bool,
     table: Table,
 }
@@ -380,7 +382,7 @@ impl Registry {
     /// The tunnel works. False if the peer is not wanted (there) any more.
     pub(crate) fn up(&self, tunnel: &Arc<Tunnel>) -> bool {
         let mut peers = self.lock();
-        let leg = Leg { tunnel: tunnel.clone(), spoken: false, table: Table::new() };
+        let leg = Leg { tunnel: tunnel.clone(), began: false, spoken: false, table: Table::new() };
         match tunnel.origin {
             Origin::Accepted => {
                 peers.entry(key_of(tunnel)).or_default().legs.push(leg);
@@ -438,7 +440,8 @@ impl Registry {
         let Some(leg) = peer.and_then(|peer| peer.legs.iter_mut().find(|leg| leg.tunnel.id == tunnel.id)) else {
             return true;
         };
-        leg.spoken |= word.is_snapshot();
+        leg.began |= word.is_snapshot();
+        leg.spoken |= leg.began && word.is_last_part();
         word.apply(&mut leg.table, MAX_SERVICES)
     }
 

@@ -1,0 +1,145 @@
+//! Peers that do not behave, and many services: what must not follow from either.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use isthmus_api::proto::{
+    common::v1 as common,
+    tunnel::v1::{
+        AvailabilityUpdate, ControlFrame, ControlHello, Goaway, RejectReason, StreamHeader, StreamReply,
+        control_frame::Kind, stream_reply,
+    },
+};
+use isthmus_model::{
+    failover::Eligibility,
+    global::GlobalSnapshot,
+    ids::{ServiceName, VipIndex},
+    local::LocalEndpoints,
+    service::GatewayAddress,
+};
+use prometheus_client::metrics::counter::Counter;
+use quinn::{Runtime as _, TokioRuntime};
+use tokio::time;
+
+use super::rig::{Gateway, Server, connected, hello, introduce, local, next, refusing, sni, svid, trust, until};
+use crate::{
+    View,
+    frame::{self, FrameReader, MAX_CONTROL, MAX_HEADER},
+    handover::cids::CidKey,
+    testkit::{FEDERATION, cluster, service_name},
+    tunnel::{
+        link::{RecvHalf, SendHalf, quic},
+        registry::{Origin, Registry, Tunnel},
+    },
+};
+
+fn identity(name: &str) -> quic::Identity {
+    quic::Identity {
+        source: isthmus_identity::tls::IdentitySource::new(svid(name)),
+        trust: trust(),
+        federation: FEDERATION.parse().unwrap(),
+    }
+}
+
+fn framed(kind: Kind) -> Vec<u8> {
+    frame::encode(&ControlFrame { kind: Some(kind) }).unwrap().to_vec()
+}
+
+fn greeting(gateway: &str) -> Vec<u8> {
+    framed(Kind::Hello(ControlHello { version: 1, gateway: gateway.to_owned() }))
+}
+
+fn says(snapshot: bool, ready: u32) -> Vec<u8> {
+    let service = common::ServiceName { namespace: "shop".into(), name: "orders".into() };
+    let entry = common::Availability { service: Some(service), ready, total: 1, reachable: true, ..Default::default() };
+    framed(Kind::Availability(AvailabilityUpdate { snapshot, services: vec![entry], ..Default::default() }))
+}
+
+/// A link to `to` by a gateway of `name` that calls itself `gateway`, its control stream held by the test.
+struct ByHand {
+    connection: quinn::Connection,
+    send: quinn::SendStream,
+    _reader: FrameReader,
+    _endpoint: quinn::Endpoint,
+}
+
+impl ByHand {
+    async fn dial(name: &str, gateway: &str, to: &Gateway) -> Self {
+        let core = to.core().await;
+        let endpoint = quinn::Endpoint::client(local(0)).unwrap();
+        let peer = (&core.cluster, to.tunnel);
+        let connection = quic::connect(&endpoint, &core.config.tunnel, &identity(name), peer).await.unwrap();
+        let (mut send, recv) = connection.open_bi().await.unwrap();
+        send.write_all(&greeting(gateway)).await.unwrap();
+        let mut reader = FrameReader::new(RecvHalf::Quic(recv), MAX_CONTROL);
+        assert!(matches!(reader.next::<ControlFrame>().await.unwrap().kind, Some(Kind::Hello(_))));
+        Self { connection, send, _reader: reader, _endpoint: endpoint }
+    }
+}
+
+fn patient(config: &mut crate::Config) {
+    // Peers by hand answer no probes.
+    (config.tunnel.dead_after, config.tunnel.idle_timeout) = (Duration::from_secs(60), Duration::from_secs(120));
+}
+
+/// As many services as an update does not hold.
+const MANY: usize = 600;
+
+fn numbered(i: usize) -> ServiceName {
+    ServiceName::new("shop", &format!("s-{i:03}")).unwrap()
+}
+
+fn many(mut global: GlobalSnapshot) -> GlobalSnapshot {
+    let one = global.services.remove(&service_name()).unwrap();
+    global.services = (0..MANY)
+        .map(|i| {
+            let mut service = one.clone();
+            (service.name, service.index) = (numbered(i), VipIndex(u32::try_from(i + 1).unwrap()));
+            (numbered(i), service)
+        })
+        .collect();
+    global
+}
+
+fn word(gateway: &Gateway, service: &ServiceName, name: &str) -> Option<Eligibility> {
+    let candidates = gateway.inspector.candidates(service, 80)?;
+    candidates.into_iter().find(|c| c.cluster == cluster(name)).map(|c| c.eligibility)
+}
+
+#[tokio::test]
+async fn a_new_link_is_no_news_of_services_that_do_not_fit_its_first_word() {
+    let west = Server::bind().await.echo(b"west");
+    let members: [(&str, &[_]); 2] = [("east", &[]), ("west", &[west])];
+    let gateways = [Gateway::start("east").await, Gateway::start("west").await];
+    let global = many(introduce(&gateways, &members));
+    gateways[1].set_endpoints(&[west]);
+    gateways[1].view.send_modify(|view| {
+        let one = view.endpoints.of(&service_name()).to_vec();
+        let services: BTreeMap<_, _> = (0..MANY).map(|i| (numbered(i), one.clone())).collect();
+        *view = Arc::new(View { endpoints: Arc::new(LocalEndpoints { services }), ..View::clone(view) });
+    });
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    let of_last = || word(&gateways[0], &numbered(MANY - 1), "west");
+    until("all are ready", || of_last() == Some(Eligibility::Ready)).await;
+
+    let core = gateways[0].core().await;
+    for _ in 0..3 {
+        let before = core.registry.own_links(&cluster("west"));
+        core.identity.source.set(svid("east"));
+        let only_new = || {
+            let now = core.registry.own_links(&cluster("west"));
+            !now.is_empty() && now.iter().all(|id| !before.contains(id))
+        };
+        until("a new link stands in for the old one", only_new).await;
+    }
+    until("it has spoken", || gateways[0].inspector.tunnels().iter().all(|t| t.ready.len() == MANY)).await;
+    let disturbed = |i: &usize| word(&gateways[0], &numbered(*i), "west") != Some(Eligibility::Ready);
+    assert_eq!((0..MANY).find(disturbed), None, "nothing went away and came back");
+}
