@@ -143,3 +143,21 @@ async fn a_new_link_is_no_news_of_services_that_do_not_fit_its_first_word() {
     let disturbed = |i: &usize| word(&gateways[0], &numbered(*i), "west") != Some(Eligibility::Ready);
     assert_eq!((0..MANY).find(disturbed), None, "nothing went away and came back");
 }
+
+#[tokio::test]
+async fn a_tunnel_whose_answers_are_overdue_comes_last() {
+    let west = Server::bind().await.echo(b"west");
+    let (gateways, _) = connected(&[("east", &[]), ("west", &[west])]).await;
+    let core = gateways[0].core().await;
+    let link = core.registry.pick(&cluster("west"), &[]).unwrap().link.clone();
+    let registry = Registry::default();
+    for name in ["stopped-1", "stopped-2", "stopped-3", "well"] {
+        let key = (cluster("west"), name.to_owned());
+        let tunnel = Arc::new(Tunnel::new(&core, key, link.clone(), Origin::Accepted));
+        tunnel.set_suspect(name != "well");
+        registry.up(&tunnel);
+    }
+    for _ in 0..50 {
+        assert_eq!(registry.pick(&cluster("west"), &[]).unwrap().gateway, "well");
+    }
+}

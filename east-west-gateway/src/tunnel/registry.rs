@@ -178,17 +178,21 @@ impl Tunnel {
         self.goaway.load(Ordering::Relaxed) || self.retired.is_cancelled()
     }
 
+    /// A new stream is better off elsewhere.
+    fn is_doubtful(&self) -> bool {
+        self.is_suspect() || self.load.load(Ordering::Relaxed) >= 1_000
+    }
+
     fn is_suspect(&self) -> bool {
         self.suspect.load(Ordering::Relaxed)
     }
 
-    /// Lower is better: nothing against it first, then round trip times load here times load there. Round trips below a
-    /// millisecond differ by noise.
-    fn cost(&self) -> (bool, u64) {
+    /// Lower is better: round trip times load here times load there. Round trips below a millisecond differ by noise.
+    fn cost(&self) -> u64 {
         let rtt = u64::from(self.rtt_us.load(Ordering::Relaxed)).max(1_000);
         let open = self.open.load(Ordering::Relaxed) as u64;
         let load = u64::from(self.load.load(Ordering::Relaxed));
-        (self.is_suspect() || load >= 1_000, rtt.saturating_mul(open + 1).saturating_mul(load + 1_000))
+        rtt.saturating_mul(open + 1).saturating_mul(load + 1_000)
     }
 }
 
@@ -446,7 +450,8 @@ impl Registry {
     }
 
     /// The better of two working tunnels to `cluster`, of those not `tried`. In this order: draining ones, gateways that
-    /// failed already, and links that the peer dialled only if there is nothing better.
+    /// failed already, ones that are full or whose answers are overdue, and links that the peer dialled only if there is
+    /// nothing better.
     pub(crate) fn pick(&self, cluster: &ClusterName, tried: &[Tried]) -> Option<Arc<Tunnel>> {
         let tried: Vec<&Tried> = tried.iter().filter(|x| x.tunnel.cluster == *cluster).collect();
         let same = |x: &Tried, t: &Tunnel| x.tunnel.id == t.id || (x.refused && x.tunnel.gateway == t.gateway);
@@ -458,7 +463,7 @@ impl Registry {
             .cloned()
             .collect();
         let failed = |t: &Tunnel| tried.iter().any(|x| x.tunnel.gateway == t.gateway);
-        let class = |t: &Arc<Tunnel>| (t.is_going(), failed(t), t.origin == Origin::Accepted);
+        let class = |t: &Arc<Tunnel>| (t.is_going(), failed(t), t.is_doubtful(), t.origin == Origin::Accepted);
         let best = up.iter().map(class).min()?;
         let best: Vec<_> = up.iter().filter(|t| class(t) == best).cloned().collect();
         better_of_two(&best, |t| t.cost())
