@@ -161,3 +161,35 @@ async fn a_tunnel_whose_answers_are_overdue_comes_last() {
         assert_eq!(registry.pick(&cluster("west"), &[]).unwrap().gateway, "well");
     }
 }
+
+#[tokio::test]
+async fn a_peer_under_ever_new_names_leaves_no_metrics_behind() {
+    let health = refusing().await;
+    let east = Gateway::start_with("east", |config| {
+        patient(config);
+        config.listen.health = health;
+    })
+    .await;
+    east.set_global(&crate::testkit::federation(&["east", "west"]));
+    let core = east.core().await;
+    let peer = ByHand::dial("west", "name-1", &east).await;
+    until("it is known", || core.registry.count(&cluster("west")) == 1).await;
+    let tunnel = core.registry.pick(&cluster("west"), &[]).unwrap();
+    core.metrics.path(&tunnel);
+    assert!(metrics(health).await.contains("name-1"));
+    peer.connection.close(0_u32.into(), b"bye");
+    until("it is gone", || core.registry.count(&cluster("west")) == 0).await;
+    time::timeout(super::rig::SOON, async { while metrics(health).await.contains("name-1") {} })
+        .await
+        .expect("forgotten");
+}
+
+async fn metrics(health: SocketAddr) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut tcp = tokio::net::TcpStream::connect(health).await.unwrap();
+    tcp.write_all(b"GET /metrics HTTP/1.0\r\nhost: x\r\n\r\n").await.unwrap();
+    let mut text = String::new();
+    tcp.read_to_string(&mut text).await.unwrap();
+    assert!(text.contains("isthmus_gateway_"), "{text}");
+    text
+}

@@ -531,6 +531,11 @@ impl Registry {
         legs.filter(|leg| leg.tunnel.origin != Origin::Accepted).map(|leg| leg.tunnel.id).collect()
     }
 
+    /// Whether anything leads to this peer, or should.
+    pub(crate) fn knows(&self, key: &PeerKey) -> bool {
+        self.lock().contains_key(key)
+    }
+
     /// How many tunnels to `cluster` work.
     pub(crate) fn count(&self, cluster: &ClusterName) -> usize {
         of_cluster(&self.lock(), cluster).map(|peer| peer.legs.len()).sum()
