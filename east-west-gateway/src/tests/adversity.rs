@@ -163,6 +163,28 @@ async fn a_tunnel_whose_answers_are_overdue_comes_last() {
 }
 
 #[tokio::test]
+async fn a_peer_that_says_much_is_followed_at_a_pace() {
+    let east = Gateway::start_with("east", patient).await;
+    east.set_global(&crate::testkit::federation(&["east", "west"]));
+    let core = east.core().await;
+    let mut peer = ByHand::dial("west", "by-hand", &east).await;
+    peer.send.write_all(&says(true, 1)).await.unwrap();
+    east.sees_ready("west").await;
+    let before = *core.observed.version().borrow();
+    let began = std::time::Instant::now();
+    let flood: Vec<u8> = (0..2_000).flat_map(|i| says(false, i % 2)).chain(says(false, 0)).collect();
+    peer.send.write_all(&flood).await.unwrap();
+    until("the last word counts", || {
+        east.inspector.tunnels().iter().all(|t| t.ready[&service_name()] == 0)
+            && east.eligibility("west").as_deref() == Some("noEndpoints")
+    })
+    .await;
+    let acted = u128::from(*core.observed.version().borrow() - before);
+    let allowed = began.elapsed().as_millis() / 10 + 2;
+    assert!(acted <= allowed, "{acted} times, {allowed} allowed");
+}
+
+#[tokio::test]
 async fn a_peer_under_ever_new_names_leaves_no_metrics_behind() {
     let health = refusing().await;
     let east = Gateway::start_with("east", |config| {
