@@ -215,3 +215,36 @@ async fn metrics(health: SocketAddr) -> String {
     assert!(text.contains("isthmus_gateway_"), "{text}");
     text
 }
+
+#[tokio::test]
+async fn a_peer_that_calls_for_its_successor_over_and_over_is_dialled_with_pauses() {
+    let east = Gateway::start("east").await;
+    let core = east.core().await;
+    let socket = TokioRuntime.wrap_udp_socket(std::net::UdpSocket::bind(local(0)).unwrap()).unwrap();
+    let (key, garbage) = (CidKey::random(), Counter::default());
+    let config = &core.config.tunnel;
+    let endpoint = quic::endpoint_on(socket, key, config, &identity("west"), garbage).unwrap();
+    let mut global = crate::testkit::federation(&["east", "west"]);
+    let address = GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(endpoint.local_addr().unwrap()) };
+    global.clusters.get_mut(&cluster("west")).unwrap().gateways = vec![address];
+    let dialled = Arc::new(AtomicUsize::new(0));
+    let count = dialled.clone();
+    tokio::spawn(async move {
+        let mut links = Vec::new();
+        while let Some(incoming) = endpoint.accept().await {
+            let Ok(connection) = incoming.await else { continue };
+            count.fetch_add(1, Ordering::Relaxed);
+            let (mut send, recv) = connection.accept_bi().await.unwrap();
+            let words = [greeting("gateway-1"), framed(Kind::Goaway(Goaway { successor: true }))].concat();
+            send.write_all(&words).await.unwrap();
+            links.push((connection, SendHalf::Quic(send), recv));
+        }
+    });
+    let began = std::time::Instant::now();
+    east.set_global(&next(&global));
+    until("it is dialled again", || dialled.load(Ordering::Relaxed) >= 3).await;
+    // Pauses grow from 100 ms on, with jitter.
+    until("a while has passed", || began.elapsed() >= Duration::from_millis(1_500)).await;
+    let count = dialled.load(Ordering::Relaxed);
+    assert!(count <= 30, "dialled {count} times in {:?}", began.elapsed());
+}
