@@ -163,6 +163,38 @@ async fn a_tunnel_whose_answers_are_overdue_comes_last() {
 }
 
 #[tokio::test]
+async fn a_hello_for_something_else_than_its_header_is_refused() {
+    let west = Server::bind().await.echo(b"west");
+    let (mut gateways, _) = connected(&[("east", &[]), ("west", &[west])]).await;
+    let west = gateways.pop().unwrap();
+    let peer = ByHand::dial("east", "by-hand", &west).await;
+    let ask = async |name: String| {
+        let service = common::ServiceName { namespace: "shop".into(), name: "orders".into() };
+        let header =
+            StreamHeader { version: 1, service: Some(service), port: 80, deadline_ms: 500, ..Default::default() };
+        let (mut send, recv) = peer.connection.open_bi().await.unwrap();
+        send.write_all(&[frame::encode(&header).unwrap().to_vec(), hello(&name)].concat()).await.unwrap();
+        let mut reader = FrameReader::new(RecvHalf::Quic(recv), MAX_HEADER);
+        let reply = time::timeout(Duration::from_secs(3), reader.next::<StreamReply>()).await;
+        match reply.expect("answered in time").unwrap().kind.unwrap() {
+            stream_reply::Kind::Accept(_) => None,
+            stream_reply::Kind::Reject(reject) => Some(reject.reason()),
+        }
+    };
+    assert_eq!(ask(sni(None)).await, None);
+    assert_eq!(ask(sni(Some("west"))).await, None);
+    for name in [
+        sni(Some("east")),
+        format!("80.secret.shop.svc.any.{FEDERATION}"),
+        format!("81.orders.shop.svc.any.{FEDERATION}"),
+        format!("80.orders.shop.10-0-0-1.svc.any.{FEDERATION}"),
+        "admin.internal".to_owned(),
+    ] {
+        assert_eq!(ask(name.clone()).await, Some(RejectReason::Malformed), "{name}");
+    }
+}
+
+#[tokio::test]
 async fn a_peer_that_says_much_is_followed_at_a_pace() {
     let east = Gateway::start_with("east", patient).await;
     east.set_global(&crate::testkit::federation(&["east", "west"]));
