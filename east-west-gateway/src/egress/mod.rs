@@ -15,6 +15,7 @@ use isthmus_model::{
     access::{self, Denied, Use},
     global::GlobalService,
     ids::{ClusterName, ServiceName},
+    sni,
 };
 use tokio::time;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -68,6 +69,15 @@ struct Asked {
     selector: Option<String>,
     deadline: Duration,
     traceparent: String,
+}
+
+impl Asked {
+    /// Whether a server name asks for the same, here: what the endpoint's sidecar reads must be what was judged.
+    fn is_named(&self, name: &str, core: &Core) -> bool {
+        let Ok(route) = sni::parse(name, &core.identity.federation) else { return false };
+        let here = route.cluster.is_none_or(|cluster| cluster == core.cluster);
+        here && (route.service, route.port, route.selector) == (self.service.clone(), self.port, self.selector.clone())
+    }
 }
 
 impl Stream {
@@ -163,7 +173,10 @@ async fn place(
     let view = core.current_view();
     let service = permit(core, &view, peer, &asked).map_err(Some)?;
     let hello = time::timeout(FIRST_FLIGHT, read_hello(reader, core.config.ingress.max_hello_bytes)).await;
-    let hello = hello.unwrap_or(Err(Refusal::malformed("no ClientHello in time"))).map_err(Some)?;
+    let (name, hello) = hello.unwrap_or(Err(Refusal::malformed("no ClientHello in time"))).map_err(Some)?;
+    if !asked.is_named(&name, core) {
+        return Err(Some(Refusal::malformed("the ClientHello names something else than the header")));
+    }
     let request = Request {
         service,
         port: asked.port,
@@ -230,8 +243,8 @@ fn permit<'v>(core: &Core, view: &'v View, peer: &ClusterName, asked: &Asked) ->
     }
 }
 
-/// Exactly the ClientHello: the dialler sends nothing after it until it is accepted.
-async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<Vec<u8>, Refusal> {
+/// The server name, and exactly the ClientHello: the dialler sends nothing after it until it is accepted.
+async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<(String, Vec<u8>), Refusal> {
     let mut hello = HelloReader::new(max);
     let mut received = 0;
     loop {
@@ -239,7 +252,7 @@ async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<Vec<u8>, Ref
         received += bytes.len();
         match hello.push(&bytes) {
             Progress::NeedMore => {}
-            Progress::Hello(done) if done.len == received => return Ok(hello.into_raw()),
+            Progress::Hello(done) if done.len == received => return Ok((done.sni, hello.into_raw())),
             Progress::Hello(_) => return Err(Refusal::malformed("bytes follow the ClientHello before the accept")),
             Progress::Bad(_) => return Err(Refusal::malformed("what follows the header is no ClientHello to carry")),
         }

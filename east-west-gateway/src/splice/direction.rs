@@ -17,6 +17,7 @@ use std::{
 use bytes::{Buf, Bytes, BytesMut};
 use socket2::SockRef;
 use tokio::{
+    io::Interest,
     net::TcpStream,
     time::{self, Instant, Sleep},
 };
@@ -43,7 +44,7 @@ pub(super) struct Both<'a> {
     /// From far to near.
     pub(super) backward: Direction<'a>,
     /// Tells that far takes no more, where reading from it does not tell: over TCP that the link has ended, over QUIC,
-    /// once its own direction has ended, that it has stopped ours.
+    /// once its own direction has ended or is not read for want of a near side that takes it, that it has stopped ours.
     far_gone: Option<Signal>,
 }
 
@@ -74,7 +75,7 @@ impl<'a> Both<'a> {
         if outward && backward {
             return Poll::Ready(End::Finished);
         }
-        if backward
+        if (backward || self.backward.is_slow())
             && self.far_gone.is_none()
             && let Writer::Link(send) = &self.outward.to
         {
@@ -115,6 +116,8 @@ pub(super) struct Direction<'a> {
     pending: VecDeque<Bytes>,
     stalled: Option<&'a Stalled>,
     patience: Option<Box<Patience>>,
+    /// Tells that the reader's connection broke while nothing is read from it.
+    from_gone: Option<Pin<Box<dyn Future<Output = ()> + Send + 'a>>>,
 }
 
 /// With a writer that takes nothing.
@@ -128,7 +131,7 @@ struct Patience {
 impl<'a> Direction<'a> {
     pub(super) fn new(from: Reader<'a>, to: Writer<'a>, moved: &'a AtomicU64, stalled: Option<&'a Stalled>) -> Self {
         let pending = VecDeque::new();
-        Self { from, to, moved, state: State::Open, pending, stalled, patience: None }
+        Self { from, to, moved, state: State::Open, pending, stalled, patience: None, from_gone: None }
     }
 
     /// Writes this before what is read.
@@ -153,7 +156,7 @@ impl<'a> Direction<'a> {
                     continue;
                 }
                 Poll::Ready(Err(Broken)) => return Poll::Ready(Err(Stop::Writer)),
-                Poll::Pending => return self.poll_patience(cx),
+                Poll::Pending => return self.poll_blocked(cx),
             }
             if self.state == State::Ending {
                 ready!(self.to.poll_finish(cx)).map_err(|Broken| Stop::Writer)?;
@@ -168,11 +171,23 @@ impl<'a> Direction<'a> {
         }
     }
 
-    /// The writer takes nothing now. Ready when it has been given up.
-    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Stop>> {
+    /// The writer takes nothing now, so nothing is read. Ready when the writer has been given up, or the reader has broken:
+    /// what it has sent before that is for nobody.
+    fn poll_blocked(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Stop>> {
+        if let Reader::Tcp(tcp, _) = &self.from {
+            let tcp: &TcpStream = tcp;
+            let gone = self.from_gone.get_or_insert_with(|| Box::pin(async { drop(tcp.ready(Interest::ERROR).await) }));
+            ready!(gone.as_mut().poll(cx));
+            return Poll::Ready(Err(Stop::Reader));
+        }
         let Some(stalled) = self.stalled else { return Poll::Pending };
         let patience = self.patience.get_or_insert_with(|| Box::new(Patience::new()));
         patience.poll(cx, stalled).map(|()| Err(Stop::GivenUp))
+    }
+
+    /// The writer has taken nothing for a while.
+    fn is_slow(&self) -> bool {
+        self.patience.as_ref().is_some_and(|patience| patience.borne.is_some())
     }
 }
 
