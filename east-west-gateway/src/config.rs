@@ -106,6 +106,8 @@ pub struct TunnelConfig {
     pub stream_window_bytes: u32,
     /// Unread bytes that all streams of one connection may hold.
     pub connection_window_bytes: u32,
+    /// Unread bytes that slow readers of all connections may hold beyond that, before the slowest is given up.
+    pub slow_reader_bytes: u64,
     /// Asked of the system for the UDP socket, each way.
     pub socket_buffer_bytes: usize,
     /// QUIC's congestion controller.
@@ -210,6 +212,7 @@ impl Default for TunnelConfig {
             max_connections_per_cluster: 64,
             stream_window_bytes: 4 << 20,
             connection_window_bytes: 128 << 20,
+            slow_reader_bytes: 1 << 30,
             socket_buffer_bytes: 4 << 20,
             congestion: Congestion::default(),
             redundancy: true,

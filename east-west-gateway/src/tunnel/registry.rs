@@ -25,7 +25,7 @@ use super::{
     inbox::{MAX_SERVICES, Word},
     link::{Link, redundancy::LOSSY_PPM},
     outbox::Table,
-    stalled::Stalled,
+    stalled::{Stalled, Windows},
 };
 use crate::{availability::better_of_two, clock, core::Core};
 
@@ -75,8 +75,8 @@ impl Tunnel {
     pub(crate) fn new(core: &Core, (cluster, gateway): PeerKey, link: Link, origin: Origin) -> Self {
         let rtt = micros(link.path().rtt);
         let config = &core.config.tunnel;
-        let shared_window = link.transport() == Transport::Quic;
-        let stalled = shared_window.then(|| Stalled::new(config.connection_window_bytes, config.stream_window_bytes));
+        let windows = Windows { connection: config.connection_window_bytes, stream: config.stream_window_bytes };
+        let stalled = link.resize_window().map(|resize| Stalled::new(windows, core.slow_readers.clone(), resize));
         Self {
             id: core.next_id(),
             cluster,
