@@ -110,6 +110,8 @@ pub struct TunnelConfig {
     pub stream_window_bytes: u32,
     /// Unread bytes that all streams of one connection may hold.
     pub connection_window_bytes: u32,
+    /// Unread bytes that slow readers of all connections may hold beyond that, before the slowest is given up.
+    pub slow_reader_bytes: u64,
     /// Asked of the system for the UDP socket, each way.
     pub socket_buffer_bytes: usize,
     /// QUIC's congestion controller.
@@ -214,6 +216,7 @@ impl Default for TunnelConfig {
             max_connections_per_cluster: 64,
             stream_window_bytes: 4 << 20,
             connection_window_bytes: 128 << 20,
+            slow_reader_bytes: 1 << 30,
             socket_buffer_bytes: 4 << 20,
             congestion: Congestion::default(),
             redundancy: true,
@@ -476,8 +479,19 @@ impl Validate for Config {
             ("egress.maxEndpoints", e.max_endpoints),
             ("tunnel.maxConnections", t.max_connections),
             ("tunnel.maxConnectionsPerCluster", t.max_connections_per_cluster),
+            ("tunnel.tcp.maxConnectionsPerLink", t.tcp.max_connections_per_link),
+            ("tunnel.tcp.maxPendingHandshakes", t.tcp.max_pending_handshakes),
+            ("tunnel.tcp.maxPendingHandshakesPerSource", t.tcp.max_pending_handshakes_per_source),
         ] {
             check((1..=1_000_000).contains(&value), field, "use 1 to 1000000".to_owned());
+        }
+        for (field, time) in [
+            ("tunnel.handshakeTimeout", t.handshake_timeout),
+            ("ingress.helloTimeout", i.hello_timeout),
+            ("ingress.idleTimeout", i.idle_timeout),
+            ("egress.connectTimeout", e.connect_timeout),
+        ] {
+            check(time >= Duration::from_millis(1), field, "must not be zero: nothing would be carried".to_owned());
         }
         for (field, deadline) in
             [("drain.deadline", self.drain.deadline), ("drain.handoverDeadline", self.drain.handover_deadline)]
@@ -524,6 +538,27 @@ listen:
     fn durations_are_written_for_people() {
         let config = load(&format!("{MINIMAL}ingress:\n  attemptTimeout: 750ms\n")).unwrap();
         assert_eq!(config.ingress.attempt_timeout, Duration::from_millis(750));
+    }
+
+    #[test]
+    fn limits_with_which_nothing_would_be_carried_are_refused() {
+        for (section, key, value) in [
+            ("ingress", "idleTimeout", "0s"),
+            ("ingress", "helloTimeout", "0s"),
+            ("tunnel", "handshakeTimeout", "0s"),
+            ("egress", "connectTimeout", "0s"),
+        ] {
+            let error = load(&format!("{MINIMAL}{section}:\n  {key}: {value}\n")).unwrap_err();
+            assert!(error.contains(&format!("{section}.{key}")), "{error}");
+        }
+        for (key, value) in [
+            ("maxConnectionsPerLink", "18446744073709551615"),
+            ("maxPendingHandshakes", "0"),
+            ("maxPendingHandshakesPerSource", "0"),
+        ] {
+            let error = load(&format!("{MINIMAL}tunnel:\n  tcp:\n    {key}: {value}\n")).unwrap_err();
+            assert!(error.contains(&format!("tunnel.tcp.{key}")), "{error}");
+        }
     }
 
     #[test]

@@ -38,6 +38,7 @@ use crate::{
         accept::Inbound,
         link::{Link, quic::Identity, redundancy::Redundancy, tcp},
         registry::Registry,
+        stalled,
     },
     view::View,
 };
@@ -70,6 +71,8 @@ pub(crate) struct Core {
     pub(crate) tcp_handshakes: Arc<Semaphore>,
     /// Streams of all peers.
     pub(crate) stream_slots: Arc<Semaphore>,
+    /// What slow readers may hold beyond their links' own windows.
+    pub(crate) slow_readers: Arc<Semaphore>,
     /// Connections of local sidecars.
     pub(crate) local_slots: Arc<Semaphore>,
     /// Of these, the ones whose ClientHello is still to come.
@@ -127,6 +130,7 @@ impl Core {
             peer_slots: slots(config.tunnel.max_connections),
             tcp_handshakes: slots(config.tunnel.tcp.max_pending_handshakes),
             stream_slots: slots(config.egress.max_streams),
+            slow_readers: stalled::memory(config.tunnel.slow_reader_bytes, config.tunnel.stream_window_bytes),
             local_slots: slots(ingress.max_connections),
             hello_slots: slots(ingress.max_pending_hellos),
             hello_sources: Arc::new(Sources::new(ingress.max_pending_hellos_per_source)),

@@ -112,7 +112,8 @@ async fn attempt(
         tcp.write_all(hello).await.map_err(|_| Failure::Closed)?;
         let mut first = BytesMut::with_capacity(FIRST_READ);
         match tcp.read_buf(&mut first).await {
-            Ok(n) if n > 0 => Ok(first.freeze()),
+            // Alone: the buffer is much larger than most first answers, and these may be held for a while.
+            Ok(n) if n > 0 => Ok(Bytes::copy_from_slice(&first)),
             _ => Err(Failure::Closed),
         }
     };

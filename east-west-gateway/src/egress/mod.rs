@@ -7,7 +7,7 @@
 pub(crate) mod ejection;
 pub(crate) mod endpoint;
 
-use std::{sync::Arc, time::Duration};
+use std::{mem, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use isthmus_api::proto::tunnel::v1::{Accept, Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
@@ -15,6 +15,7 @@ use isthmus_model::{
     access::{self, Denied, Use},
     global::GlobalService,
     ids::{ClusterName, ServiceName},
+    sni,
 };
 use tokio::time;
 use tokio_util::task::task_tracker::TaskTrackerToken;
@@ -70,62 +71,84 @@ struct Asked {
     traceparent: String,
 }
 
+impl Asked {
+    /// Whether a server name asks for the same, here: what the endpoint's sidecar reads must be what was judged.
+    fn is_named(&self, name: &str, core: &Core) -> bool {
+        let Ok(route) = sni::parse(name, &core.identity.federation) else { return false };
+        let here = route.cluster.is_none_or(|cluster| cluster == core.cluster);
+        here && (route.service, route.port, route.selector) == (self.service.clone(), self.port, self.selector.clone())
+    }
+}
+
 impl Stream {
     /// Serves the stream to its end.
     pub(crate) async fn serve(self) {
-        let Self { core, tunnel, mut send, recv, carried: token } = self;
-        let peer = &tunnel.cluster;
-        let began = clock::now();
-        let mut reader = FrameReader::new(recv, MAX_HEADER);
-        let mut access = Access::new(Direction::Egress, peer.clone(), core.cluster.clone(), began);
+        let Self { core, tunnel, send, recv, carried: token } = self;
+        let mut access = Access::new(Direction::Egress, tunnel.cluster.clone(), core.cluster.clone(), clock::now());
         access.came_from(Source::Peer { gateway: &tunnel.gateway, id: tunnel.link.leaf() });
         // Held until the stream has ended.
         let slot = core.stream_slots.clone().try_acquire_owned();
-        let placed = match (&slot, core.admit()) {
-            // Boxed, as what else is over soon: it takes much more memory than the carrying.
-            (Ok(_), Ok(())) => Box::pin(place(&core, peer, &mut reader, &send, &mut access)).await,
-            (_, Err(why)) => Err(Some(Refusal::new(RejectReason::Overloaded, true, why.detail()))),
-            (Err(_), _) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
+        // Boxed, since what is over soon takes much more memory than the carrying.
+        let opened = open(&core, &tunnel, slot.is_ok(), (send, recv), &mut access);
+        let Some((mut far, answered, first)) = Box::pin(opened).await else { return access.finish(&core, None) };
+        let guard = core.metrics.stream(Direction::Egress);
+        let limits = Limits {
+            idle: core.config.ingress.idle_timeout,
+            lifetime: core.config.ingress.max_lifetime,
+            // What peers send slowly to us is bounded by the endpoint's own pace, and that is a near side, too.
+            stalled: tunnel.stalled.as_ref(),
+            force: &core.stop,
+            draining: &core.draining,
         };
-        let (mut recv, _) = reader.into_parts();
-        match placed {
-            Ok(answered) => {
-                let guard = core.metrics.stream(Direction::Egress);
-                access.accepted();
-                access.destined(&core.cluster, None, Some(answered.lease.address()));
-                if Box::pin(accept(&mut send, answered.first.clone())).await.is_err() {
-                    link::reset(&mut send, &mut recv);
-                    splice::abort(&answered.tcp);
-                    return access.finish(&core, None);
-                }
-                let limits = Limits {
-                    idle: core.config.ingress.idle_timeout,
-                    lifetime: core.config.ingress.max_lifetime,
-                    // What peers send slowly to us is bounded by the endpoint's own pace, and that is a near side, too.
-                    stalled: tunnel.stalled.as_ref(),
-                    force: &core.stop,
-                    draining: &core.draining,
-                };
-                let mut carried = splice::splice(answered.tcp, Far::Tunnel(send, recv), Bytes::new(), limits).await;
-                carried.out += answered.first.len() as u64;
-                access.finish(&core, Some(carried));
-                drop((guard, answered.lease));
-            }
-            Err(None) => {
+        let mut carried = splice::splice(&answered.tcp, &mut far, Bytes::new(), limits).await;
+        carried.out += first as u64;
+        access.finish(&core, Some(carried));
+        drop((guard, answered, slot, token));
+    }
+}
+
+/// Finds an endpoint that answers, and accepts the stream; with the number of bytes that went back by that. `None`: it was
+/// turned away, and counted.
+async fn open(
+    core: &Arc<Core>,
+    tunnel: &Tunnel,
+    has_slot: bool,
+    (mut send, recv): (SendHalf, RecvHalf),
+    access: &mut Access,
+) -> Option<(Far, Answered, usize)> {
+    let mut reader = FrameReader::new(recv, MAX_HEADER);
+    let placed = match core.admit() {
+        Ok(()) if has_slot => place(core, &tunnel.cluster, &mut reader, &send, access).await,
+        Ok(()) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
+        Err(why) => Err(Some(Refusal::new(RejectReason::Overloaded, true, why.detail()))),
+    };
+    let (mut recv, _) = reader.into_parts();
+    match placed {
+        Ok(mut answered) => {
+            access.accepted();
+            access.destined(&core.cluster, None, Some(answered.lease.address()));
+            let first = mem::take(&mut answered.first);
+            let length = first.len();
+            if accept(&mut send, first).await.is_err() {
                 link::reset(&mut send, &mut recv);
-                core.metrics.reject("egress_abandoned");
-                access.failed("abandoned");
-                access.finish(&core, None);
+                splice::abort(&answered.tcp);
+                return None;
             }
-            Err(Some(refusal)) => {
-                core.metrics.reject(label(refusal.reason));
-                access.failed(label(refusal.reason));
-                access.because(refusal.detail);
-                access.finish(&core, None);
-                Box::pin(refuse(&mut send, &mut recv, &refusal)).await;
-            }
+            Some((Far::Tunnel(send, recv), answered, length))
         }
-        drop((slot, token));
+        Err(None) => {
+            link::reset(&mut send, &mut recv);
+            core.metrics.reject("egress_abandoned");
+            access.failed("abandoned");
+            None
+        }
+        Err(Some(refusal)) => {
+            core.metrics.reject(label(refusal.reason));
+            access.failed(label(refusal.reason));
+            access.because(refusal.detail);
+            refuse(&mut send, &mut recv, &refusal).await;
+            None
+        }
     }
 }
 
@@ -150,7 +173,10 @@ async fn place(
     let view = core.current_view();
     let service = permit(core, &view, peer, &asked).map_err(Some)?;
     let hello = time::timeout(FIRST_FLIGHT, read_hello(reader, core.config.ingress.max_hello_bytes)).await;
-    let hello = hello.unwrap_or(Err(Refusal::malformed("no ClientHello in time"))).map_err(Some)?;
+    let (name, hello) = hello.unwrap_or(Err(Refusal::malformed("no ClientHello in time"))).map_err(Some)?;
+    if !asked.is_named(&name, core) {
+        return Err(Some(Refusal::malformed("the ClientHello names something else than the header")));
+    }
     let request = Request {
         service,
         port: asked.port,
@@ -217,8 +243,8 @@ fn permit<'v>(core: &Core, view: &'v View, peer: &ClusterName, asked: &Asked) ->
     }
 }
 
-/// Exactly the ClientHello: the dialler sends nothing after it until it is accepted.
-async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<Vec<u8>, Refusal> {
+/// The server name, and exactly the ClientHello: the dialler sends nothing after it until it is accepted.
+async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<(String, Vec<u8>), Refusal> {
     let mut hello = HelloReader::new(max);
     let mut received = 0;
     loop {
@@ -226,7 +252,7 @@ async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<Vec<u8>, Ref
         received += bytes.len();
         match hello.push(&bytes) {
             Progress::NeedMore => {}
-            Progress::Hello(done) if done.len == received => return Ok(hello.into_raw()),
+            Progress::Hello(done) if done.len == received => return Ok((done.sni, hello.into_raw())),
             Progress::Hello(_) => return Err(Refusal::malformed("bytes follow the ClientHello before the accept")),
             Progress::Bad(_) => return Err(Refusal::malformed("what follows the header is no ClientHello to carry")),
         }

@@ -133,6 +133,7 @@ fn update(snapshot: bool, services: &[(&str, u32)], removed: &[&str]) -> Vec<u8>
         snapshot,
         services: services.iter().map(entry).collect(),
         removed: removed.iter().map(|service| name(service)).collect(),
+        ..Default::default()
     }))
 }
 

@@ -17,18 +17,20 @@ pub(crate) struct ReplayBudget {
 
 /// How long unused tokens are kept.
 const MEMORY: Duration = Duration::from_secs(10);
+/// At least so many are, or a share without a floor could never make up a whole one.
+const LEAST: f64 = 10.0;
 
 impl ReplayBudget {
     /// `percent` of new connections, plus `floor_per_second`.
     pub(crate) fn new(percent: u32, floor_per_second: u32, now: Instant) -> Self {
         let floor = f64::from(floor_per_second);
-        let cap = floor * MEMORY.as_secs_f64();
+        let cap = (floor * MEMORY.as_secs_f64()).max(LEAST);
         Self { ratio: f64::from(percent) / 100.0, floor, tokens: floor, cap, updated: now }
     }
 
     /// A new connection is being tried for the first time.
     pub(crate) fn deposit(&mut self) {
-        self.tokens = (self.tokens + self.ratio).min(self.cap.max(self.tokens));
+        self.tokens = (self.tokens + self.ratio).min(self.cap);
     }
 
     /// May one connection be tried once more?
@@ -69,6 +71,20 @@ mod tests {
         }
         // One second: 20 % of 10,000, 50 from the floor, 50 to begin with.
         assert!((2_050..=2_110).contains(&replays), "{replays}");
+    }
+
+    #[test]
+    fn without_a_floor_the_share_stands_and_without_either_nothing_is_replayed() {
+        let now = Instant::now();
+        for (percent, expected) in [(20, 20), (100, 100), (0, 0)] {
+            let mut budget = ReplayBudget::new(percent, 0, now);
+            let replays = (0..100).filter(|_| {
+                budget.deposit();
+                budget.withdraw(now)
+            });
+            let replays = replays.count();
+            assert!(replays.abs_diff(expected) <= 1, "{percent} %: {replays}");
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! port; then the connection is placed ([`super::place`]) and spliced. Whatever cannot be carried is closed at once and
 //! counted by reason.
 
-use std::sync::Arc;
+use std::{mem, sync::Arc};
 
 use isthmus_model::sni;
 use tokio::{io::AsyncReadExt, net::TcpStream, sync::OwnedSemaphorePermit, time};
@@ -60,38 +60,58 @@ pub(super) struct Local {
     pub(super) entry: Entry,
     pub(super) tcp: TcpStream,
     /// A drain waits for it.
-    pub(super) carried: TaskTrackerToken,
+    pub(super) _carried: TaskTrackerToken,
 }
 
 impl Local {
     /// Serves it to its end. `pending` counts it among those whose hello is still to come.
-    pub(super) async fn serve(mut self, pending: (OwnedSemaphorePermit, Share)) {
-        let began = clock::now();
+    pub(super) async fn serve(&mut self, pending: (OwnedSemaphorePermit, Share)) {
         let core = self.core.clone();
-        let mut access = Access::new(Direction::Ingress, core.cluster.clone(), core.cluster.clone(), began);
+        let mut access = Access::new(Direction::Ingress, core.cluster.clone(), core.cluster.clone(), clock::now());
         access.came_from(Source::Local(self.tcp.peer_addr().ok()));
         splice::prepare(&self.tcp);
-        // What comes before the carrying is boxed, here and below: it takes much more memory, and only for a moment.
-        let (hello, route, plan) = match Box::pin(self.route(&mut access)).await {
+        // What comes before the carrying is boxed, since it takes much more memory, and only for a moment.
+        let Some((mut placed, hello)) = Box::pin(self.place(pending, &mut access)).await else {
+            splice::abort(&self.tcp);
+            return access.finish(&core, None);
+        };
+        access.accepted();
+        let guard = core.metrics.stream(Direction::Ingress);
+        let limits = Limits {
+            idle: core.config.ingress.idle_timeout,
+            lifetime: core.config.ingress.max_lifetime,
+            stalled: placed.held.tunnel().and_then(|tunnel| tunnel.stalled.as_ref()),
+            force: &core.stop,
+            draining: &core.draining,
+        };
+        let first = mem::take(&mut placed.first);
+        let mut carried = splice::splice(&self.tcp, &mut placed.far, first, limits).await;
+        carried.out += hello as u64;
+        access.finish(&core, Some(carried));
+        drop((guard, placed.held));
+    }
+
+    /// Finds who answers the hello, and tells how long that is. `None`: turned away, and counted.
+    async fn place(&mut self, pending: (OwnedSemaphorePermit, Share), access: &mut Access) -> Option<(Placed, usize)> {
+        let metrics = self.core.metrics.clone();
+        let (hello, route, plan) = match self.route(access).await {
             Ok(routed) => routed,
             Err(refused) => {
-                core.metrics.reject(refused.label());
+                metrics.reject(refused.label());
                 access.failed(refused.label());
-                splice::abort(&self.tcp);
-                return access.finish(&core, None);
+                return None;
             }
         };
         drop(pending);
-        let placing = place::Placing { core: &core, client: &self.tcp, route: &route, hello: &hello };
-        match Box::pin(placing.place(plan, &mut access)).await {
-            Ok(placed) => self.carry(placed, hello.len(), access).await,
+        let placing = place::Placing { core: &self.core, client: &self.tcp, route: &route, hello: &hello };
+        match placing.place(plan, access).await {
+            Ok(placed) => Some((placed, hello.len())),
             Err(why) => {
                 if why != Unplaced::ClientGone {
-                    core.metrics.reject(why.label());
+                    metrics.reject(why.label());
                 }
                 access.failed(why.label());
-                splice::abort(&self.tcp);
-                access.finish(&core, None);
+                None
             }
         }
     }
@@ -112,23 +132,6 @@ impl Local {
         }
         let plan = Plan::make(core, &core.current_view(), &route).map_err(Refused::Hopeless)?;
         Ok((hello, route, plan))
-    }
-
-    async fn carry(self, placed: Placed, hello: usize, mut access: Access) {
-        let core = self.core;
-        access.accepted();
-        let guard = core.metrics.stream(Direction::Ingress);
-        let limits = Limits {
-            idle: core.config.ingress.idle_timeout,
-            lifetime: core.config.ingress.max_lifetime,
-            stalled: placed.held.tunnel().and_then(|tunnel| tunnel.stalled.as_ref()),
-            force: &core.stop,
-            draining: &core.draining,
-        };
-        let mut carried = splice::splice(self.tcp, placed.far, placed.first, limits).await;
-        carried.out += hello as u64;
-        access.finish(&core, Some(carried));
-        drop((guard, placed.held, self.carried));
     }
 }
 

@@ -196,7 +196,7 @@ async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: Canc
             continue;
         };
         let carried = core.carried.token();
-        let connection = connection::Local { core: core.clone(), entry: entry.clone(), tcp, carried };
+        let mut connection = connection::Local { core: core.clone(), entry: entry.clone(), tcp, _carried: carried };
         core.tasks.spawn("ingress.connection", async move {
             connection.serve((hello, share)).await;
             drop(open);

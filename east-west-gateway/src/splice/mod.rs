@@ -99,18 +99,19 @@ pub(crate) struct Limits<'a> {
     pub(crate) draining: &'a CancellationToken,
 }
 
-/// Carries until both directions have ended. `first` came from far already and goes to near before anything else.
-pub(crate) async fn splice(near: TcpStream, mut far: Far, first: Bytes, limits: Limits<'_>) -> Carried {
+/// Carries until both directions have ended. `first` came from far already and goes to near before anything else. Both are
+/// to be dropped then: an end that was abrupt is told by that.
+pub(crate) async fn splice(near: &TcpStream, far: &mut Far, first: Bytes, limits: Limits<'_>) -> Carried {
     let out = AtomicU64::new(0);
     let back = AtomicU64::new(0);
     let end = {
-        let (far_read, far_write) = match &mut far {
+        let (far_read, far_write) = match far {
             Far::Tunnel(send, recv) => (Reader::Link(recv), Writer::Link(send)),
             Far::Tcp(tcp) => (Reader::tcp(tcp), Writer::Tcp(tcp)),
         };
         let mut both = Both::new(
-            Direction::new(Reader::tcp(&near), far_write, &out, None),
-            Direction::new(far_read, Writer::Tcp(&near), &back, limits.stalled),
+            Direction::new(Reader::tcp(near), far_write, &out, None),
+            Direction::new(far_read, Writer::Tcp(near), &back, limits.stalled),
         );
         both.backward.push(first);
         tokio::select! {
@@ -122,13 +123,13 @@ pub(crate) async fn splice(near: TcpStream, mut far: Far, first: Bytes, limits: 
         }
     };
     if end != End::Finished {
-        abort(&near);
-        match &mut far {
+        abort(near);
+        match far {
             Far::Tunnel(send, recv) => link::reset(send, recv),
             Far::Tcp(tcp) => abort(tcp),
         }
     } else if limits.draining.is_cancelled()
-        && let Far::Tunnel(send @ SendHalf::Quic(_), _) = &far
+        && let Far::Tunnel(send @ SendHalf::Quic(_), _) = far
     {
         drop(time::timeout(LINGER, send.stopped()).await);
     }

@@ -18,6 +18,8 @@ over_both!(
     a_gateway_that_cannot_be_dialled_is_reached_through_the_link_it_made,
     a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_what_it_carries,
     slow_readers_stall_nobody_else,
+    a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves,
+    steady_downloads_over_one_link_all_arrive,
 );
 
 /// East and west, where `dialled` says at which address the other one finds each; `None`: not at all.
@@ -204,4 +206,59 @@ async fn slow_readers_stall_nobody_else(over: LinkTransport) {
     let tunnels = gateways[0].inspector.tunnels();
     assert!(tunnels.iter().all(|t| t.up), "{tunnels:?}");
     assert_eq!(gateways[0].core().await.metrics.rejected("peer_dead"), 0);
+}
+
+async fn a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves(over: LinkTransport) {
+    let west = Server::bind().await;
+    let small = |config: &mut crate::Config| {
+        config.tunnel.transport = over;
+        config.tunnel.stream_window_bytes = 64 * 1024;
+        config.tunnel.connection_window_bytes = 256 * 1024;
+    };
+    let (gateways, _) = super::rig::linked_with(small, &[("east", &[]), ("west", &[west.address])]).await;
+    let name = sni(None);
+    let (mut client, served) = tokio::join!(knock(gateways[0].auto, &name), west.greet(b"hi"));
+    read(&mut client, 2).await;
+    let flood = vec![7; 64 * 1024];
+    while tokio::time::timeout(Duration::from_millis(500), client.write_all(&flood)).await.is_ok() {}
+    let cores = [gateways[0].core().await, gateways[1].core().await];
+    assert!(cores.iter().all(|core| core.metrics.carried_now() == 1));
+    client.set_zero_linger().unwrap();
+    drop(client);
+    until("neither carries it", || cores.iter().all(|core| core.metrics.carried_now() == 0)).await;
+    until("the endpoint sees a reset", || served.take_error().unwrap().is_some()).await;
+}
+
+/// Default windows: more clients than fit into them that each read a steady 2 MB/s, none of whom ever stops.
+async fn steady_downloads_over_one_link_all_arrive(over: LinkTransport) {
+    const CLIENTS: usize = 32;
+    const SIZE: usize = 12_000_000;
+    let west = Server::bind().await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
+    let mut pairs = Vec::new();
+    for _ in 0..CLIENTS {
+        pairs.push(carried(&gateways[0], "west", &west).await);
+    }
+    let mut clients = tokio::task::JoinSet::new();
+    for (mut client, mut served) in pairs {
+        tokio::spawn(async move {
+            drop(served.write_all(&vec![7; SIZE]).await);
+            drop(served.shutdown().await);
+        });
+        clients.spawn(async move {
+            let (mut taken, mut buffer): (usize, _) = (0, vec![0; 256 * 1024]);
+            loop {
+                // The pace of the reader, not a wait for something.
+                tokio::time::sleep(Duration::from_millis(120)).await;
+                match client.read(&mut buffer).await {
+                    Ok(0) => return (taken, None),
+                    Ok(n) => taken += n,
+                    Err(error) => return (taken, Some(error.kind())),
+                }
+            }
+        });
+    }
+    let ends = clients.join_all().await;
+    let cut: Vec<_> = ends.iter().filter(|(taken, error)| *taken != SIZE || error.is_some()).collect();
+    assert!(cut.is_empty(), "{} of {} downloads were reset: {cut:?}", cut.len(), ends.len());
 }

@@ -1,5 +1,6 @@
 //! Whole gateways in one process: real sockets, real QUIC, real TLS, with the view given by the test.
 
+mod adversity;
 mod bad_input;
 mod carry;
 mod drain;

@@ -184,7 +184,7 @@ impl Member<'_> {
         let key = (self.cluster.clone(), gateway.clone());
         // It lives, so it can be reached: no need to wait for the next attempt.
         core.registry.wake(&key);
-        let tunnel = Arc::new(Tunnel::new(core, key, self.link.clone(), Origin::Accepted));
+        let tunnel = Arc::new(Tunnel::new(core, key.clone(), self.link.clone(), Origin::Accepted));
         core.registry.up(&tunnel);
         core.links_changed(self.cluster);
         tokio::select! {
@@ -193,6 +193,10 @@ impl Member<'_> {
             () = core.expiry(self.link) => self.link.close(Close::Replaced),
         }
         core.registry.down(&tunnel);
+        if !core.registry.knows(&key) {
+            // Its name is what it said itself: a peer that comes under ever new ones must not fill the memory.
+            core.metrics.forget_gateway(self.cluster, &gateway);
+        }
         core.links_changed(self.cluster);
         let ending = ending::of(&tunnel, &core.config.tunnel);
         if ending.planned {

@@ -5,7 +5,7 @@
 
 use std::{
     sync::{Arc, atomic::Ordering},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use isthmus_api::proto::tunnel::v1::{Closing, ControlFrame, ControlHello, control_frame::Kind};
@@ -24,6 +24,8 @@ use crate::{
     frame::{self, FrameError, FrameReader, MAX_CONTROL},
 };
 
+/// Words of a peer that come faster are taken in together: what follows from them costs more than to say them.
+const MERGE: Duration = Duration::from_millis(10);
 /// For the last bytes of a drained peer's streams.
 const LINGER: Duration = Duration::from_secs(2);
 
@@ -71,7 +73,7 @@ impl Control {
         let dead_after = ending::dead_after(config, tunnel.link.transport());
         let rhythm = Rhythm { interval: config.ping_interval, dead_after };
         let session = Session::new(rhythm, clock::now());
-        let mut running = Running { control: self, core, tunnel, session };
+        let mut running = Running { control: self, core, tunnel, session, followed: None, stale: false };
         let ended = tokio::select! {
             ended = running.run() => Some(ended),
             () = tunnel.link.closed() => None,
@@ -124,6 +126,10 @@ struct Running<'a> {
     core: &'a Core,
     tunnel: &'a Arc<Tunnel>,
     session: Session,
+    /// When what the peer says of its cluster was last acted on.
+    followed: Option<Instant>,
+    /// It has said more since.
+    stale: bool,
 }
 
 /// What made the loop turn.
@@ -146,11 +152,14 @@ impl Running<'_> {
                 packets: self.tunnel.link.path().received,
             };
             let now = clock::now();
-            let (frames, wake) = match self.session.poll(&own, now) {
+            let (frames, mut wake) = match self.session.poll(&own, now) {
                 Ok(due) => due,
                 Err(why) => return why.into(),
             };
             self.tunnel.set_suspect(self.session.is_suspect(now));
+            if let Some(later) = self.follow(now) {
+                wake = wake.min(later);
+            }
             for kind in frames {
                 if let Err(why) = self.send(kind).await {
                     return why.into();
@@ -178,6 +187,20 @@ impl Running<'_> {
                 return end;
             }
         }
+    }
+
+    /// Acts on what the peer has said of its cluster; or says when to.
+    fn follow(&mut self, now: Instant) -> Option<Instant> {
+        if !self.stale {
+            return None;
+        }
+        let due = self.followed.map_or(now, |at| at + MERGE);
+        if due > now {
+            return Some(due);
+        }
+        (self.followed, self.stale) = (Some(now), false);
+        self.core.refresh(&self.tunnel.cluster);
+        None
     }
 
     async fn handle(&mut self, frame: ControlFrame) -> Result<(), End> {
@@ -212,7 +235,7 @@ impl Running<'_> {
                 if !core.registry.heard(tunnel, word) {
                     return Err(Close::Protocol.into());
                 }
-                core.refresh(&tunnel.cluster);
+                self.stale = true;
             }
             Some(Told::Offers(connections)) => {
                 if let Link::Tcp(link) = &tunnel.link {

@@ -21,6 +21,8 @@ pub(crate) const MAX_SERVICES: usize = 10_000;
 pub(crate) struct Word {
     /// Replaces all that was said before.
     snapshot: bool,
+    /// Parts of the snapshot are still to come.
+    more: bool,
     services: Vec<(ServiceName, Availability)>,
     removed: Vec<ServiceName>,
 }
@@ -31,6 +33,7 @@ impl TryFrom<AvailabilityUpdate> for Word {
     fn try_from(update: AvailabilityUpdate) -> Result<Self, ConvertError> {
         Ok(Self {
             snapshot: update.snapshot,
+            more: update.more,
             services: update.services.into_iter().map(own_availability).collect::<Result<_, _>>()?,
             removed: update.removed.into_iter().map(ServiceName::try_from).collect::<Result<_, _>>()?,
         })
@@ -41,6 +44,11 @@ impl Word {
     /// It replaces all that was said before.
     pub(crate) fn is_snapshot(&self) -> bool {
         self.snapshot
+    }
+
+    /// No part of a snapshot is missing after it.
+    pub(crate) fn is_last_part(&self) -> bool {
+        !self.more
     }
 
     /// Brings `table` up to date. False, and nothing is changed, if it would come to hold more than `max` services.
@@ -76,7 +84,7 @@ mod tests {
             reachable: true,
             ..Default::default()
         };
-        AvailabilityUpdate { snapshot, services: names.iter().map(of).collect(), removed: Vec::new() }
+        AvailabilityUpdate { snapshot, services: names.iter().map(of).collect(), ..Default::default() }
     }
 
     fn word(snapshot: bool, names: &[&str]) -> Word {

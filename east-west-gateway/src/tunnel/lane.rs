@@ -27,6 +27,8 @@ use crate::{
 };
 
 const BACKOFF_BASE: Duration = Duration::from_millis(100);
+/// A link that has lasted so long was worth dialling: its end is the first failure again.
+const LASTING: Duration = Duration::from_secs(1);
 /// What an attempt takes at most where the peer lives: a round trip or two.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// How often it is asked whether a link should be replaced.
@@ -108,10 +110,15 @@ impl Peer {
             };
             match dialled {
                 Ok((link, control)) => {
-                    backoff.reset();
+                    let began = clock::now();
                     let (ended, tunnel) = self.carry(lane, (link, shown), control, before.take()).await;
                     before = tunnel;
-                    if ended == Ended::Replace {
+                    let lasted = clock::since(began) >= LASTING;
+                    if lasted {
+                        backoff.reset();
+                    }
+                    // Whatever a peer says as soon as a link works, it is not dialled without a pause.
+                    if ended == Ended::Replace && lasted {
                         continue;
                     }
                 }
@@ -280,7 +287,7 @@ impl Peer {
 enum Ended {
     /// It is gone: after a pause, another one.
     Lost,
-    /// It still carries what it carries: another one at once.
+    /// It still carries what it carries: another one at once, unless this one is new.
     Replace,
 }
 

@@ -84,6 +84,8 @@ impl Outbox {
                 Some(first) => first.snapshot = true,
                 None => updates.push(AvailabilityUpdate { snapshot: true, ..Default::default() }),
             }
+            // The peer goes by what it knew before until it has all parts.
+            updates.iter_mut().rev().skip(1).for_each(|part| part.more = true);
         }
         updates
     }
@@ -185,5 +187,6 @@ mod tests {
         assert_eq!(updates.iter().map(|u| u.services.len()).sum::<usize>(), 1000);
         assert!(updates.iter().all(|u| crate::frame::encode(u).is_ok()));
         assert_eq!(updates.iter().filter(|u| u.snapshot).count(), 1);
+        assert!(updates.split_last().is_some_and(|(last, rest)| !last.more && rest.iter().all(|u| u.more)));
     }
 }

@@ -25,7 +25,7 @@ use super::{
     inbox::{MAX_SERVICES, Word},
     link::{Link, redundancy::LOSSY_PPM},
     outbox::Table,
-    stalled::Stalled,
+    stalled::{Stalled, Windows},
 };
 use crate::{availability::better_of_two, clock, core::Core};
 
@@ -76,8 +76,8 @@ impl Tunnel {
     pub(crate) fn new(core: &Core, (cluster, gateway): PeerKey, link: Link, origin: Origin) -> Self {
         let rtt = micros(link.path().rtt);
         let config = &core.config.tunnel;
-        let shared_window = link.transport() == Transport::Quic;
-        let stalled = shared_window.then(|| Stalled::new(config.connection_window_bytes, config.stream_window_bytes));
+        let windows = Windows { connection: config.connection_window_bytes, stream: config.stream_window_bytes };
+        let stalled = link.resize_window().map(|resize| Stalled::new(windows, core.slow_readers.clone(), resize));
         Self {
             id: core.next_id(),
             cluster,
@@ -190,17 +190,21 @@ impl Tunnel {
         self.goaway.load(Ordering::Relaxed) || self.retired.is_cancelled()
     }
 
+    /// A new stream is better off elsewhere.
+    fn is_doubtful(&self) -> bool {
+        self.is_suspect() || self.load.load(Ordering::Relaxed) >= 1_000
+    }
+
     fn is_suspect(&self) -> bool {
         self.suspect.load(Ordering::Relaxed)
     }
 
-    /// Lower is better: nothing against it first, then round trip times load here times load there. Round trips below a
-    /// millisecond differ by noise.
-    fn cost(&self) -> (bool, u64) {
+    /// Lower is better: round trip times load here times load there. Round trips below a millisecond differ by noise.
+    fn cost(&self) -> u64 {
         let rtt = u64::from(self.rtt_us.load(Ordering::Relaxed)).max(1_000);
         let open = self.open.load(Ordering::Relaxed) as u64;
         let load = u64::from(self.load.load(Ordering::Relaxed));
-        (self.is_suspect() || load >= 1_000, rtt.saturating_mul(open + 1).saturating_mul(load + 1_000))
+        rtt.saturating_mul(open + 1).saturating_mul(load + 1_000)
     }
 }
 
@@ -281,7 +285,9 @@ struct Dial {
 #[derive(Debug)]
 struct Leg {
     tunnel: Arc<Tunnel>,
-    /// Its first snapshot has come.
+    /// Its first snapshot has begun.
+    began: bool,
+    /// It has come, all of it: half of one would read as endpoints that are gone.
     spoken: bool,
     table: Table,
 }
@@ -398,7 +404,7 @@ impl Registry {
     /// The tunnel works. False if the peer is not wanted (there) any more.
     pub(crate) fn up(&self, tunnel: &Arc<Tunnel>) -> bool {
         let mut peers = self.lock();
-        let leg = Leg { tunnel: tunnel.clone(), spoken: false, table: Table::new() };
+        let leg = Leg { tunnel: tunnel.clone(), began: false, spoken: false, table: Table::new() };
         match tunnel.origin {
             Origin::Accepted => {
                 peers.entry(key_of(tunnel)).or_default().legs.push(leg);
@@ -464,12 +470,14 @@ impl Registry {
         let Some(leg) = peer.and_then(|peer| peer.legs.iter_mut().find(|leg| leg.tunnel.id == tunnel.id)) else {
             return true;
         };
-        leg.spoken |= word.is_snapshot();
+        leg.began |= word.is_snapshot();
+        leg.spoken |= leg.began && word.is_last_part();
         word.apply(&mut leg.table, MAX_SERVICES)
     }
 
     /// The better of two working tunnels to `cluster`, of those not `tried`. In this order: draining ones, gateways that
-    /// failed already, and links that the peer dialled only if there is nothing better.
+    /// failed already, ones that are full or whose answers are overdue, and links that the peer dialled only if there is
+    /// nothing better.
     pub(crate) fn pick(&self, cluster: &ClusterName, tried: &[Tried]) -> Option<Arc<Tunnel>> {
         let tried: Vec<&Tried> = tried.iter().filter(|x| x.tunnel.cluster == *cluster).collect();
         let same = |x: &Tried, t: &Tunnel| x.tunnel.id == t.id || (x.refused && x.tunnel.gateway == t.gateway);
@@ -481,7 +489,7 @@ impl Registry {
             .cloned()
             .collect();
         let failed = |t: &Tunnel| tried.iter().any(|x| x.tunnel.gateway == t.gateway);
-        let class = |t: &Arc<Tunnel>| (t.is_going(), failed(t), t.origin == Origin::Accepted);
+        let class = |t: &Arc<Tunnel>| (t.is_going(), failed(t), t.is_doubtful(), t.origin == Origin::Accepted);
         let best = up.iter().map(class).min()?;
         let best: Vec<_> = up.iter().filter(|t| class(t) == best).cloned().collect();
         better_of_two(&best, |t| t.cost())
@@ -547,6 +555,11 @@ impl Registry {
         let peers = self.lock();
         let legs = of_cluster(&peers, cluster).flat_map(|peer| &peer.legs);
         legs.filter(|leg| leg.tunnel.origin != Origin::Accepted).map(|leg| leg.tunnel.id).collect()
+    }
+
+    /// Whether anything leads to this peer, or should.
+    pub(crate) fn knows(&self, key: &PeerKey) -> bool {
+        self.lock().contains_key(key)
     }
 
     /// How many tunnels to `cluster` work.

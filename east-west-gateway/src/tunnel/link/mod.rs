@@ -201,6 +201,13 @@ impl Link {
         }
     }
 
+    /// What sets the window that all its streams share for unread bytes, where they share one.
+    pub(crate) fn resize_window(&self) -> Option<Box<dyn Fn(u64) + Send + Sync>> {
+        let Self::Quic(connection) = self else { return None };
+        let connection = connection.clone();
+        Some(Box::new(move |bytes| connection.set_receive_window(VarInt::from_u64(bytes).unwrap_or(VarInt::MAX))))
+    }
+
     /// What carries it.
     pub(crate) fn transport(&self) -> Transport {
         match self {
@@ -285,18 +292,31 @@ impl SendHalf {
     }
 
     /// Resolves when the peer does not read any more, or has acknowledged a finished stream's end (QUIC), or when the
-    /// link has ended (TCP).
+    /// connection or its link has broken (TCP).
     pub(crate) fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
         let (quic, tcp) = match self {
             Self::Quic(send) => (Some(send.stopped()), None),
-            Self::Tcp(send) => (None, Some(send.link_closed())),
+            Self::Tcp(send) => (None, Some((send.link_closed(), send.broken()))),
         };
         async move {
             match (quic, tcp) {
                 (Some(stopped), _) => drop(stopped.await),
-                (None, Some(closed)) => closed.await,
+                (None, Some((closed, broken))) => {
+                    tokio::select! {
+                        () = closed => {}
+                        () = broken => {}
+                    }
+                }
                 (None, None) => {}
             }
+        }
+    }
+
+    /// Resolves when the link has ended, where the stream itself does not tell (TCP).
+    pub(crate) fn link_closed(&self) -> Option<impl Future<Output = ()> + Send + use<>> {
+        match self {
+            Self::Quic(_) => None,
+            Self::Tcp(send) => Some(send.link_closed()),
         }
     }
 }

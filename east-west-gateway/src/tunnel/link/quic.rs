@@ -211,7 +211,8 @@ fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
         .receive_window(VarInt::from_u32(config.connection_window_bytes))
         .send_window(config.connection_window_bytes.into())
         .max_idle_timeout(Some(idle))
-        .keep_alive_interval(Some(config.idle_timeout / 3))
+        // Signs of life even while all windows are used up and no ping gets through.
+        .keep_alive_interval(Some(config.ping_interval.min(config.idle_timeout / 3)))
         // A lost first packet is sent again after three times this; 333 ms would be a second lost.
         .initial_rtt(Duration::from_millis(100))
         .send_fairness(false)
