@@ -187,7 +187,8 @@ fn advised(message: String) -> String {
         }
         () => return message,
     };
-    format!("{message}; {advice}")
+    // A number where a text belongs is advised to be quoted, which would not help here.
+    format!("{}; {advice}", message.trim_end_matches("; put the value in quotes"))
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {
