@@ -91,6 +91,7 @@ pub(crate) struct Core {
     /// What a successor is given.
     pub(crate) shelf: Shelf,
     replays: Mutex<ReplayBudget>,
+    hedges: Mutex<ReplayBudget>,
     outcasts: Mutex<Outcasts>,
     ids: AtomicU64,
 }
@@ -115,7 +116,8 @@ impl Core {
         let closing = CancellationToken::new();
         let slots = |n: usize| Arc::new(Semaphore::new(n));
         let ingress = &config.ingress;
-        let replays = ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, clock::now());
+        let budget =
+            || Mutex::new(ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, clock::now()));
         Self {
             pool: Arc::new(LocalPool::new(cluster.clone(), &config.egress, metrics.clone())),
             observed: Observed::new(cluster.clone()),
@@ -135,7 +137,8 @@ impl Core {
             closing,
             stop: CancellationToken::new(),
             carried: TaskTracker::new(),
-            replays: Mutex::new(replays),
+            replays: budget(),
+            hedges: budget(),
             outcasts: Mutex::new(Outcasts::new(config.egress.ejection_base, config.egress.ejection_max)),
             ids: AtomicU64::new(1),
             redundancy,
@@ -181,6 +184,11 @@ impl Core {
     /// May a connection be placed once more?
     pub(crate) fn may_replay(&self) -> bool {
         self.replays.lock().unwrap_or_else(PoisonError::into_inner).withdraw(clock::now())
+    }
+
+    /// The same for local endpoints of one connection: what the replays of peers and of own sidecars add up to here.
+    pub(crate) fn hedges(&self) -> MutexGuard<'_, ReplayBudget> {
+        self.hedges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where services failed lately.

@@ -6,6 +6,7 @@
 
 pub(crate) mod ejection;
 pub(crate) mod endpoint;
+pub(crate) mod race;
 
 use std::{mem, sync::Arc, time::Duration};
 

@@ -4,6 +4,7 @@ mod adversity;
 mod bad_input;
 mod carry;
 mod drain;
+mod endpoints;
 mod evidence;
 mod feed;
 mod handover;
