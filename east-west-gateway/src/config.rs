@@ -96,7 +96,7 @@ pub struct TunnelConfig {
     /// Longest pause between attempts to reach a peer.
     #[serde(with = "humantime_serde")]
     pub dial_backoff_max: Duration,
-    /// Streams that one peer connection may have open.
+    /// Streams that a peer may have open on one link.
     pub max_streams_per_peer: u32,
     /// Connections that peers may have open, and handshakes that may be under way.
     pub max_connections: usize,
@@ -166,6 +166,8 @@ pub struct TcpConfig {
     pub idle_timeout: Duration,
     /// Connections of one link: streams, warm ones, and the control connection.
     pub max_connections_per_link: usize,
+    /// Connections of all peers' links together, used or not; no cluster takes them all.
+    pub max_connections: usize,
     /// Sent bytes that are not acknowledged for so long end a connection (TCP_USER_TIMEOUT).
     #[serde(with = "humantime_serde")]
     pub user_timeout: Duration,
@@ -182,6 +184,7 @@ impl Default for TcpConfig {
             max_warm: 64,
             idle_timeout: Duration::from_secs(60),
             max_connections_per_link: 16_384,
+            max_connections: 32_768,
             user_timeout: Duration::from_secs(10),
             max_pending_handshakes: 1_024,
             max_pending_handshakes_per_source: 256,
@@ -280,7 +283,7 @@ impl Default for IngressConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct EgressConfig {
-    /// Streams from all peers together.
+    /// Streams from all peers together; no cluster takes them all.
     pub max_streams: usize,
     /// For the TCP connection to an endpoint.
     #[serde(with = "humantime_serde")]
@@ -463,6 +466,7 @@ impl Validate for Config {
             ("tunnel.maxConnections", t.max_connections),
             ("tunnel.maxConnectionsPerCluster", t.max_connections_per_cluster),
             ("tunnel.tcp.maxConnectionsPerLink", t.tcp.max_connections_per_link),
+            ("tunnel.tcp.maxConnections", t.tcp.max_connections),
             ("tunnel.tcp.maxPendingHandshakes", t.tcp.max_pending_handshakes),
             ("tunnel.tcp.maxPendingHandshakesPerSource", t.tcp.max_pending_handshakes_per_source),
         ] {

@@ -33,6 +33,7 @@ use crate::{
     metrics::Metrics,
     observed::Observed,
     overload::{Overload, Why},
+    shares::Shares,
     standing::Standing,
     tunnel::{
         accept::Inbound,
@@ -68,8 +69,10 @@ pub(crate) struct Core {
     pub(crate) peer_slots: Arc<Semaphore>,
     /// TCP connections of peers whose first frame is still to come.
     pub(crate) tcp_handshakes: Arc<Semaphore>,
+    /// Connections that peers have open over TCP.
+    pub(crate) tcp_places: Arc<Shares>,
     /// Streams of all peers.
-    pub(crate) stream_slots: Arc<Semaphore>,
+    pub(crate) stream_places: Arc<Shares>,
     /// Connections of local sidecars.
     pub(crate) local_slots: Arc<Semaphore>,
     /// Of these, the ones whose ClientHello is still to come.
@@ -128,7 +131,8 @@ impl Core {
             tcp_links: tcp::Links::default(),
             peer_slots: slots(config.tunnel.max_connections),
             tcp_handshakes: slots(config.tunnel.tcp.max_pending_handshakes),
-            stream_slots: slots(config.egress.max_streams),
+            tcp_places: Arc::new(Shares::new(config.tunnel.tcp.max_connections)),
+            stream_places: Arc::new(Shares::new(config.egress.max_streams)),
             local_slots: slots(ingress.max_connections),
             hello_slots: slots(ingress.max_pending_hellos),
             hello_sources: Arc::new(Sources::new(ingress.max_pending_hellos_per_source)),
@@ -223,8 +227,7 @@ impl Core {
             return 1_000;
         }
         let max = self.config.egress.max_streams.max(1);
-        let used = max.saturating_sub(self.stream_slots.available_permits());
-        u32::try_from(used.saturating_mul(1_000) / max).unwrap_or(u32::MAX)
+        u32::try_from(self.stream_places.taken().saturating_mul(1_000) / max).unwrap_or(u32::MAX)
     }
 
     /// Resolves when the peer's certificate ends: a link must not outlive what proved it.

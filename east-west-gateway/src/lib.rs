@@ -29,6 +29,7 @@ mod metrics;
 mod observed;
 mod overload;
 mod serve;
+mod shares;
 mod splice;
 mod standing;
 #[cfg(any(test, feature = "fuzzing"))]

@@ -12,7 +12,7 @@ use std::{
 use isthmus_identity::tls;
 use isthmus_model::ids::ClusterName;
 use quinn::{Endpoint, Incoming};
-use tokio::time;
+use tokio::{sync::Semaphore, time};
 
 use super::{
     Close,
@@ -197,9 +197,12 @@ impl Member<'_> {
 
 /// Serves the streams that the peer opens. Never ends by itself: the control stream notices the link's end.
 pub(super) async fn streams(core: &Arc<Core>, tunnel: &Arc<Tunnel>) {
+    // QUIC's own flow control has the same limit; over TCP nothing else has.
+    let max = usize::try_from(core.config.tunnel.max_streams_per_peer).unwrap_or(Semaphore::MAX_PERMITS);
+    let slots = Arc::new(Semaphore::new(max));
     while let Some((send, recv)) = tunnel.link.accept().await {
-        let carried = core.carried.token();
-        let stream = egress::Stream { core: core.clone(), tunnel: tunnel.clone(), send, recv, carried };
+        let (slot, carried) = (slots.clone().try_acquire_owned().ok(), core.carried.token());
+        let stream = egress::Stream { core: core.clone(), tunnel: tunnel.clone(), send, recv, slot, carried };
         core.tasks.spawn("egress.stream", stream.serve());
     }
     std::future::pending().await
