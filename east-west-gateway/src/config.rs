@@ -98,10 +98,14 @@ pub struct TunnelConfig {
     pub dial_backoff_max: Duration,
     /// Streams that a peer may have open on one link.
     pub max_streams_per_peer: u32,
-    /// Connections that peers may have open, and handshakes that may be under way.
+    /// Links that peers may have made.
     pub max_connections: usize,
-    /// Of these, connections that the gateways of one cluster may have open together.
+    /// Of these, links of the gateways of one cluster together.
     pub max_connections_per_cluster: usize,
+    /// Handshakes of peers under way (QUIC).
+    pub max_pending_handshakes: usize,
+    /// Of these, from one source address.
+    pub max_pending_handshakes_per_source: usize,
     /// Unread bytes that one stream may hold.
     pub stream_window_bytes: u32,
     /// Unread bytes that all streams of one connection may hold.
@@ -211,6 +215,8 @@ impl Default for TunnelConfig {
             max_streams_per_peer: 4_096,
             max_connections: 1_024,
             max_connections_per_cluster: 64,
+            max_pending_handshakes: 1_024,
+            max_pending_handshakes_per_source: 256,
             stream_window_bytes: 4 << 20,
             connection_window_bytes: 128 << 20,
             socket_buffer_bytes: 4 << 20,
@@ -465,6 +471,8 @@ impl Validate for Config {
             ("egress.maxEndpoints", e.max_endpoints),
             ("tunnel.maxConnections", t.max_connections),
             ("tunnel.maxConnectionsPerCluster", t.max_connections_per_cluster),
+            ("tunnel.maxPendingHandshakes", t.max_pending_handshakes),
+            ("tunnel.maxPendingHandshakesPerSource", t.max_pending_handshakes_per_source),
             ("tunnel.tcp.maxConnectionsPerLink", t.tcp.max_connections_per_link),
             ("tunnel.tcp.maxConnections", t.tcp.max_connections),
             ("tunnel.tcp.maxPendingHandshakes", t.tcp.max_pending_handshakes),

@@ -65,8 +65,12 @@ pub(crate) struct Core {
     pub(crate) redundancy: Arc<Redundancy>,
     /// Links that peers have dialled over TCP.
     pub(crate) tcp_links: tcp::Links,
-    /// Links of peers, and their QUIC handshakes.
+    /// Links of peers.
     pub(crate) peer_slots: Arc<Semaphore>,
+    /// QUIC handshakes of peers under way.
+    pub(crate) quic_handshakes: Arc<Semaphore>,
+    /// And each source's share of those.
+    pub(crate) quic_sources: Arc<Sources>,
     /// TCP connections of peers whose first frame is still to come.
     pub(crate) tcp_handshakes: Arc<Semaphore>,
     /// Connections that peers have open over TCP.
@@ -130,6 +134,8 @@ impl Core {
             inbound: Inbound::default(),
             tcp_links: tcp::Links::default(),
             peer_slots: slots(config.tunnel.max_connections),
+            quic_handshakes: slots(config.tunnel.max_pending_handshakes),
+            quic_sources: Arc::new(Sources::new(config.tunnel.max_pending_handshakes_per_source)),
             tcp_handshakes: slots(config.tunnel.tcp.max_pending_handshakes),
             tcp_places: Arc::new(Shares::new(config.tunnel.tcp.max_connections)),
             stream_places: Arc::new(Shares::new(config.egress.max_streams)),

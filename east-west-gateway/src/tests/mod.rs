@@ -7,6 +7,7 @@ mod drain;
 mod endpoints;
 mod evidence;
 mod feed;
+mod flood;
 mod handover;
 mod limits;
 mod links;
