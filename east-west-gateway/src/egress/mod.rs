@@ -93,6 +93,7 @@ impl Stream {
         let mut access = Access::new(Direction::Egress, tunnel.cluster.clone(), core.cluster.clone(), clock::now());
         access.came_from(Source::Peer { gateway: &tunnel.gateway, id: tunnel.link.leaf() });
         // Held until the stream has ended.
+        let served = tunnel.serve();
         let place = match slot {
             Some(slot) => core.stream_places.try_acquire(&tunnel.cluster).map(|place| (slot, place)).map_err(no_place),
             None => Err(Refusal::overloaded("too many streams on this link", "egress_link_full")),
@@ -113,7 +114,7 @@ impl Stream {
         let mut carried = splice::splice(&answered.tcp, &mut far, Bytes::new(), limits).await;
         carried.out += first as u64;
         access.finish(&core, Some(carried));
-        drop((guard, answered, place, token));
+        drop((guard, answered, place, served, token));
     }
 }
 
