@@ -10,13 +10,14 @@ use tokio::{
 
 use super::{
     relay::Relay,
-    rig::{Gateway, Server, introduce, knock, linked, over_both, read, sni, svid, until},
+    rig::{Gateway, Server, introduce, knock, linked, next, over_both, read, sni, svid, until},
 };
 use crate::{config::LinkTransport, testkit::cluster};
 
 over_both!(
     a_gateway_that_cannot_be_dialled_is_reached_through_the_link_it_made,
     a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_what_it_carries,
+    a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carries,
     slow_readers_stall_nobody_else,
     a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves,
     steady_downloads_over_one_link_all_arrive,
@@ -167,6 +168,44 @@ async fn a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_w
     let gone = || core.registry.own_links(&cluster("west")).iter().all(|id| !before.contains(id));
     until("the old link is given up", gone).await;
     exchange(&mut new, &mut new_served, b"as before").await;
+}
+
+async fn a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carries(over: LinkTransport) {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relays = tokio::sync::OnceCell::new();
+    let (gateways, global) = pair(over, [&east, &west], async |[_, w]| {
+        let both = async || [Relay::before(w.tunnel).await, Relay::before(w.tunnel).await];
+        [None, Some(relays.get_or_init(both).await[0].address)]
+    })
+    .await;
+    gateways[0].sees_ready("west").await;
+    gateways[1].sees_ready("east").await;
+    let core = gateways[0].core().await;
+    let links = || core.registry.own_links(&cluster("west"));
+    let before = links();
+    // One each way, all on the link that east has made.
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    let (mut inward, mut inward_served) = carried(&gateways[1], "east", &east).await;
+
+    let mut moved = next(&global);
+    let address = relays.get().unwrap()[1].address;
+    moved.clusters.get_mut(&cluster("west")).unwrap().gateways[0].tunnel = Some(address);
+    gateways[0].set_global(&moved);
+    until("there is a new link", || links().iter().any(|id| !before.contains(id))).await;
+    assert_eq!(gateways[0].inspector.tunnels()[0].address, Some(address));
+    exchange(&mut client, &mut served, b"still here").await;
+    exchange(&mut inward, &mut inward_served, b"the other way").await;
+    let (mut new, mut new_served) = carried(&gateways[0], "west", &west).await;
+    drop((client, served));
+    let west_core = gateways[1].core().await;
+    let draining = || west_core.registry.infos().iter().any(|t| t.links == 2 && !t.draining);
+    until("west knows both links", draining).await;
+    exchange(&mut inward, &mut inward_served, b"until it ends").await;
+    assert!(links().iter().any(|id| before.contains(id)), "it carries the other way");
+    drop((inward, inward_served));
+    until("the old link is given up", || links().iter().all(|id| !before.contains(id))).await;
+    exchange(&mut new, &mut new_served, b"as before").await;
+    assert_eq!(core.metrics.rejected("peer_dead"), 0);
 }
 
 async fn slow_readers_stall_nobody_else(over: LinkTransport) {

@@ -146,7 +146,7 @@ impl Running<'_> {
             let current = table.borrow_and_update().clone();
             let own = Own {
                 table: &current,
-                draining: self.core.draining.is_cancelled(),
+                draining: self.core.draining.is_cancelled() || self.tunnel.is_past(),
                 succeeded: self.core.steps.taken_over.is_cancelled(),
                 offers: self.tunnel.link.wishes(self.core.registry.needs_reverse(self.tunnel)),
                 packets: self.tunnel.link.path().received,

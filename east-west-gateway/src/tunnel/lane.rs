@@ -1,11 +1,16 @@
 //! Keeps one link to one peer: dials with backoff and jitter, watches over it, and replaces it before it must end.
 //!
 //! Several lanes may lead to one peer. A link is replaced make-before-break when this gateway's certificate was renewed,
-//! when the peer's nears its end, when the peer is succeeded by another process, or when QUIC works again where TCP stood
+//! when the peer's nears its end, when the peer has moved or is succeeded by another process, or when QUIC works again where TCP stood
 //! in for it: once the new link works the old one takes no new streams, and the running ones finish on it. A lane ends
 //! with its peer.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use isthmus_identity::svid::Svid;
 use isthmus_model::local::Transport;
@@ -77,6 +82,8 @@ pub(super) struct Peer {
     pub(super) key: PeerKey,
     pub(super) address: SocketAddr,
     pub(super) steer: Steer,
+    /// Links to where it was before: they take new streams until one to `address` works.
+    pub(super) before: Arc<[Weak<Tunnel>]>,
 }
 
 impl Peer {
@@ -86,6 +93,7 @@ impl Peer {
         tokio::select! {
             () = self.lane(lane, &mut wake) => {}
             () = self.steer.cancel.cancelled() => {}
+            () = self.steer.moved.cancelled() => {}
         }
     }
 
@@ -188,9 +196,8 @@ impl Peer {
             tunnel.link.close(Close::Replaced);
             return (Ended::Lost, before);
         }
-        if let Some(before) = before {
-            before.retire();
-        }
+        let elsewhere = self.before.iter().filter_map(Weak::upgrade);
+        before.into_iter().chain(elsewhere).for_each(|before| before.retire());
         // TCP does not tell; the first probe will.
         let rtt = Some(tunnel.rtt()).filter(|rtt| !rtt.is_zero()).map(tracing::field::debug);
         tracing::info!(%cluster, gateway, address = %self.address, transport = link::label(transport), rtt, "tunnel up");

@@ -119,7 +119,7 @@ pub(crate) fn endpoint_on(
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     server.transport_config(Arc::new(transport(config)?));
     // Handshakes that were not looked at yet; the rest is refused.
-    server.max_incoming(config.max_connections);
+    server.max_incoming(config.max_pending_handshakes);
     let mut endpoint = EndpointConfig::default();
     endpoint
         .max_udp_payload_size(config.mtu.max(DEFAULT_PAYLOAD))
