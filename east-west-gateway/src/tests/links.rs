@@ -10,11 +10,14 @@ use tokio::{
 
 use super::{
     relay::Relay,
-    rig::{Gateway, Server, introduce, knock, linked, over_both, read, sni, svid, until},
+    rig::{Gateway, Server, introduce, knock, linked, next, over_both, read, sni, svid, until},
 };
 use crate::{config::LinkTransport, testkit::cluster};
 
 over_both!(
+    a_link_that_was_refused_leaves_nothing_behind,
+    a_link_that_is_given_up_is_no_broken_one_to_the_peer,
+    a_link_that_was_replaced_finishes_what_the_peer_carries_on_it,
     a_gateway_that_cannot_be_dialled_is_reached_through_the_link_it_made,
     a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_what_it_carries,
     slow_readers_stall_nobody_else,
@@ -165,6 +168,55 @@ async fn a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_w
     let gone = || core.registry.own_links(&cluster("west")).iter().all(|id| !before.contains(id));
     until("the old link is given up", gone).await;
     exchange(&mut new, &mut new_served, b"as before").await;
+}
+
+async fn a_link_that_was_refused_leaves_nothing_behind(over: LinkTransport) {
+    let mut gateways = [Gateway::start_over(over, "east").await, Gateway::start_over(over, "west").await];
+    let global = introduce(&gateways, &[("east", &[]), ("west", &[])]);
+    gateways[0].set_global(&global);
+    // West knows nobody yet.
+    let core = gateways[1].core().await;
+    until("east is turned away", || core.metrics.rejected("peer_not_a_member") > 1).await;
+    gateways[0].drain();
+    // What goes on although nobody needs it is waited for until the drain's deadline, and then some.
+    tokio::time::timeout(Duration::from_secs(4), gateways[0].ended()).await.expect("it ends when it is done");
+}
+
+async fn a_link_that_is_given_up_is_no_broken_one_to_the_peer(over: LinkTransport) {
+    let west = Server::bind().await;
+    let (gateways, global) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
+    let (east, west) = (gateways[0].core().await, gateways[1].core().await);
+    let accepted = || gateways[1].inspector.tunnels().iter().map(|t| t.accepted).sum::<usize>();
+    east.identity.source.set(svid("east"));
+    until("a new link is there beside the old one", || accepted() == 2).await;
+    until("the old one is given up", || accepted() == 1).await;
+    assert_eq!(west.metrics.rejected("peer_protocol"), 0);
+    let mut without = next(&global);
+    without.clusters.get_mut(&cluster("west")).unwrap().gateways.clear();
+    gateways[0].set_global(&without);
+    until("east has left", || accepted() == 0).await;
+    assert_eq!(west.metrics.rejected("peer_protocol"), 0);
+}
+
+async fn a_link_that_was_replaced_finishes_what_the_peer_carries_on_it(over: LinkTransport) {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    // West cannot dial: all goes by east's link.
+    let (gateways, _) = pair(over, [&east, &west], async |[_, w]| [None, Some(w.tunnel)]).await;
+    gateways[1].sees_ready("east").await;
+    let (mut client, mut served) = carried(&gateways[1], "east", &east).await;
+    let core = gateways[0].core().await;
+    let before = core.registry.own_links(&cluster("west"));
+    core.identity.source.set(svid("east"));
+    let there = |old: bool| core.registry.own_links(&cluster("west")).iter().any(|id| before.contains(id) == old);
+    until("there is a new link", || there(false)).await;
+    // For longer than a link that carries nothing is kept.
+    let mut trickle = tokio::time::interval(Duration::from_millis(50));
+    for _ in 0..60 {
+        trickle.tick().await;
+        exchange(&mut client, &mut served, b"inward").await;
+    }
+    drop((client, served));
+    until("the old link is given up", || !there(true)).await;
 }
 
 async fn slow_readers_stall_nobody_else(over: LinkTransport) {

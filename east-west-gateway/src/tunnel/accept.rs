@@ -179,10 +179,17 @@ impl Member<'_> {
         let tunnel = Arc::new(Tunnel::new(core, key, self.link.clone(), Origin::Accepted));
         core.registry.up(&tunnel);
         core.links_changed(self.cluster);
+        let closed = async {
+            tokio::select! {
+                () = streams(core, &tunnel) => {}
+                () = core.expiry(self.link) => self.link.close(Close::Replaced),
+            }
+            // The control stream notices, and tells the peer.
+            std::future::pending().await
+        };
         tokio::select! {
             () = control.run(core, &tunnel) => {}
-            () = streams(core, &tunnel) => {}
-            () = core.expiry(self.link) => self.link.close(Close::Replaced),
+            () = closed => {}
         }
         core.registry.down(&tunnel);
         core.links_changed(self.cluster);
@@ -194,9 +201,12 @@ impl Member<'_> {
 /// Serves the streams that the peer opens. Never ends by itself: the control stream notices the link's end.
 pub(super) async fn streams(core: &Arc<Core>, tunnel: &Arc<Tunnel>) {
     while let Some((send, recv)) = tunnel.link.accept().await {
-        let carried = core.carried.token();
+        let (carried, held) = (core.carried.token(), tunnel.serve());
         let stream = egress::Stream { core: core.clone(), tunnel: tunnel.clone(), send, recv, carried };
-        core.tasks.spawn("egress.stream", stream.serve());
+        core.tasks.spawn("egress.stream", async move {
+            stream.serve().await;
+            drop(held);
+        });
     }
     std::future::pending().await
 }

@@ -24,8 +24,8 @@ use crate::{
     frame::{self, FrameError, FrameReader, MAX_CONTROL},
 };
 
-/// For the last bytes of a drained peer's streams.
-const LINGER: Duration = Duration::from_secs(2);
+/// For the last bytes of streams that have ended at the side that closes the link.
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// Why a control stream did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -82,7 +82,8 @@ impl Control {
         };
         match ended {
             Some(End::Because(why)) => {
-                if why != Close::Drained {
+                // A link that has just been closed breaks its control stream, too: that is nobody's mistake.
+                if why != Close::Drained && tunnel.link.why_closed().is_none() {
                     core.metrics.reject(why.label());
                 }
                 tunnel.link.close(why);

@@ -51,6 +51,7 @@ pub(crate) struct Tunnel {
     pub(crate) stalled: Option<Stalled>,
     since: Instant,
     open: AtomicUsize,
+    served: AtomicUsize,
     rtt_us: AtomicU32,
     suspect: AtomicBool,
     goaway: AtomicBool,
@@ -87,6 +88,7 @@ impl Tunnel {
             stalled,
             since: clock::now(),
             open: AtomicUsize::new(0),
+            served: AtomicUsize::new(0),
             rtt_us: AtomicU32::new(rtt),
             suspect: AtomicBool::new(false),
             goaway: AtomicBool::new(false),
@@ -97,10 +99,26 @@ impl Tunnel {
         }
     }
 
-    /// Counts one open stream while the guard lives.
+    /// Counts one stream of our own while the guard lives.
     pub(crate) fn hold(self: &Arc<Self>) -> Held {
-        self.open.fetch_add(1, Ordering::Relaxed);
-        Held(self.clone())
+        self.count(Opener::Us)
+    }
+
+    /// The same for one that the peer has opened.
+    pub(crate) fn serve(self: &Arc<Self>) -> Held {
+        self.count(Opener::Peer)
+    }
+
+    fn count(self: &Arc<Self>, opener: Opener) -> Held {
+        self.counter(opener).fetch_add(1, Ordering::Relaxed);
+        Held { tunnel: self.clone(), opener }
+    }
+
+    fn counter(&self, opener: Opener) -> &AtomicUsize {
+        match opener {
+            Opener::Us => &self.open,
+            Opener::Peer => &self.served,
+        }
     }
 
     /// The smoothed round-trip time.
@@ -135,12 +153,12 @@ impl Tunnel {
         }
     }
 
-    /// Resolves when it is retired and carries nothing more.
+    /// Resolves when it is retired and carries nothing more, of neither side.
     pub(crate) async fn spent(&self) {
         self.retired.cancelled().await;
         loop {
             let changed = self.idle.notified();
-            if self.open.load(Ordering::Acquire) == 0 {
+            if self.open.load(Ordering::Acquire) == 0 && self.served.load(Ordering::Acquire) == 0 {
                 return;
             }
             changed.await;
@@ -206,21 +224,31 @@ impl Packets {
     const MEMORY: f64 = 0.99;
 }
 
+/// Who has opened a stream.
+#[derive(Clone, Copy, Debug)]
+enum Opener {
+    Us,
+    Peer,
+}
+
 /// One open stream of a tunnel.
 #[derive(Debug)]
-pub(crate) struct Held(Arc<Tunnel>);
+pub(crate) struct Held {
+    tunnel: Arc<Tunnel>,
+    opener: Opener,
+}
 
 impl Held {
     /// The tunnel.
     pub(crate) fn tunnel(&self) -> &Tunnel {
-        &self.0
+        &self.tunnel
     }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        if self.0.open.fetch_sub(1, Ordering::Release) == 1 {
-            self.0.idle.notify_waiters();
+        if self.tunnel.counter(self.opener).fetch_sub(1, Ordering::Release) == 1 {
+            self.tunnel.idle.notify_waiters();
         }
     }
 }
