@@ -170,6 +170,89 @@ async fn a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_w
     exchange(&mut new, &mut new_served, b"as before").await;
 }
 
+#[tokio::test]
+async fn a_certificate_renewed_during_a_handshake_is_shown_on_the_next_link() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let (gateways, _) = pair(LinkTransport::Quic, [&east, &west], async |[_, w]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        relay.hold_at_certificate(true);
+        [None, Some(relay.address)]
+    })
+    .await;
+    let relay = relay.get().unwrap();
+    until("east has shown its certificate", || relay.holds()).await;
+    let renewed = svid("east");
+    let leaf = renewed.chain()[0].clone();
+    gateways[0].core().await.identity.source.set(renewed);
+    assert!(gateways[0].inspector.tunnels().iter().all(|t| !t.up), "the handshake is under way");
+    relay.hold_at_certificate(false);
+    let core = gateways[1].core().await;
+    let shown = || core.registry.pick(&cluster("east"), &[]).and_then(|tunnel| tunnel.link.leaf());
+    until("the link is up", || shown().is_some()).await;
+    until("west has seen the new certificate", || shown().as_ref() == Some(&leaf)).await;
+}
+
+#[tokio::test]
+async fn small_datagrams_go_twice_where_the_path_loses_some_and_nowhere_else() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let through = async |[_, w]: [&Gateway; 2]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        [None, Some(relay.address)]
+    };
+    let (gateways, _) = pair(LinkTransport::Quic, [&east, &west], through).await;
+    gateways[0].sees_ready("west").await;
+    let relay = relay.get().unwrap();
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    for _ in 0..100 {
+        exchange(&mut client, &mut served, b"a path that loses nothing").await;
+    }
+    assert_eq!(relay.copies(), (0, 0));
+
+    relay.lose_one_in(10);
+    for n in 0.. {
+        exchange(&mut client, &mut served, b"a path that loses some").await;
+        if relay.copies().0 >= 100 {
+            break;
+        }
+        assert!(n < 5_000, "{:?}", gateways[0].inspector.tunnels());
+    }
+    // Bulk is not: what follows a lost packet reveals the loss at once.
+    let bulk = vec![7; 4_000_000];
+    let (sent, received) = tokio::join!(client.write_all(&bulk), read(&mut served, bulk.len()));
+    sent.unwrap();
+    assert!(received == bulk);
+    let (_, largest) = relay.copies();
+    assert!(largest <= 1_200, "{largest}");
+}
+
+#[tokio::test]
+async fn nothing_goes_twice_where_redundancy_is_turned_off() {
+    let west = Server::bind().await;
+    let plain = |config: &mut crate::Config| config.tunnel.redundancy = false;
+    let gateways = [Gateway::start_with("east", plain).await, Gateway::start("west").await];
+    let relay = Relay::before(gateways[1].tunnel).await;
+    let mut global = introduce(&gateways, &[("east", &[]), ("west", &[west.address])]);
+    global.clusters.get_mut(&cluster("east")).unwrap().gateways.clear();
+    global.clusters.get_mut(&cluster("west")).unwrap().gateways =
+        vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(relay.address) }];
+    gateways[1].set_endpoints(&[west.address]);
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    gateways[0].sees_ready("west").await;
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    relay.lose_one_in(10);
+    let lost = || gateways[0].inspector.tunnels()[0].packets_lost;
+    for n in 0.. {
+        exchange(&mut client, &mut served, b"a path that loses some").await;
+        assert_eq!(relay.copies(), (0, 0));
+        if lost() >= 10 {
+            break;
+        }
+        assert!(n < 5_000, "{:?}", gateways[0].inspector.tunnels());
+    }
+}
+
 async fn a_link_that_was_refused_leaves_nothing_behind(over: LinkTransport) {
     let mut gateways = [Gateway::start_over(over, "east").await, Gateway::start_over(over, "west").await];
     let global = introduce(&gateways, &[("east", &[]), ("west", &[])]);

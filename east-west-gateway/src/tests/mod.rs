@@ -8,6 +8,7 @@ mod feed;
 mod handover;
 mod limits;
 mod links;
+mod outcasts;
 mod relay;
 mod rig;
 mod sim;
