@@ -1,257 +1,32 @@
 //! The peers that should be reached, the tunnels that work, and what their peers say of their own clusters.
 //!
 //! Written by the peer manager, the acceptor and the control streams; read by whoever places a connection. A peer's last
-//! word outlives its tunnel, so that a lost tunnel reads as "unreachable" and not as "unknown".
+//! word outlives its tunnel, so that a lost tunnel reads as "unreachable" and not as "unknown". [`tunnel`] is one link,
+//! [`report`] what is told of all.
+
+mod report;
+mod tunnel;
 
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
-    },
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use isthmus_model::{
-    ids::{ClusterName, ServiceName},
-    local::{Transport, TunnelState},
-};
-use serde::Serialize;
-use tokio::sync::{Notify, watch};
+use isthmus_model::{ids::ClusterName, local::Transport};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub use self::report::TunnelInfo;
+pub(crate) use self::tunnel::{Held, Origin, Tunnel};
 use super::{
     inbox::{MAX_SERVICES, Word},
-    link::{Link, redundancy::LOSSY_PPM},
     outbox::Table,
-    stalled::Stalled,
 };
-use crate::{availability::better_of_two, clock, core::Core};
+use crate::availability::better_of_two;
 
 /// One gateway of another cluster.
 pub(crate) type PeerKey = (ClusterName, String);
-
-/// A working link to a peer.
-#[derive(Debug)]
-pub(crate) struct Tunnel {
-    /// Unique in the process.
-    pub(crate) id: u64,
-    /// The far cluster.
-    pub(crate) cluster: ClusterName,
-    /// The far gateway.
-    pub(crate) gateway: String,
-    /// Streams are opened here.
-    pub(crate) link: Link,
-    /// Who made it.
-    pub(crate) origin: Origin,
-    /// How full the peer says it is, in permille.
-    pub(crate) load: AtomicU32,
-    /// Streams whose near side takes nothing (QUIC).
-    pub(crate) stalled: Option<Stalled>,
-    since: Instant,
-    open: AtomicUsize,
-    served: AtomicUsize,
-    rtt_us: AtomicU32,
-    suspect: AtomicBool,
-    goaway: AtomicBool,
-    /// The peer's successor is to be dialled; this tunnel serves until that one's does.
-    pub(crate) succeeded: CancellationToken,
-    retired: CancellationToken,
-    idle: Notify,
-    packets: Mutex<Packets>,
-}
-
-/// Who made a link.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Origin {
-    /// This gateway, at this address.
-    Dialled(SocketAddr),
-    /// The peer.
-    Accepted,
-}
-
-impl Tunnel {
-    /// A tunnel over `link`, with the transport's own round-trip time until probes give one.
-    pub(crate) fn new(core: &Core, (cluster, gateway): PeerKey, link: Link, origin: Origin) -> Self {
-        let rtt = micros(link.path().rtt);
-        let config = &core.config.tunnel;
-        let shared_window = link.transport() == Transport::Quic;
-        let stalled = shared_window.then(|| Stalled::new(config.connection_window_bytes, config.stream_window_bytes));
-        Self {
-            id: core.next_id(),
-            cluster,
-            gateway,
-            link,
-            origin,
-            load: AtomicU32::new(0),
-            stalled,
-            since: clock::now(),
-            open: AtomicUsize::new(0),
-            served: AtomicUsize::new(0),
-            rtt_us: AtomicU32::new(rtt),
-            suspect: AtomicBool::new(false),
-            goaway: AtomicBool::new(false),
-            succeeded: CancellationToken::new(),
-            retired: CancellationToken::new(),
-            idle: Notify::new(),
-            packets: Mutex::default(),
-        }
-    }
-
-    /// Counts one stream of our own while the guard lives.
-    pub(crate) fn hold(self: &Arc<Self>) -> Held {
-        self.count(Opener::Us)
-    }
-
-    /// The same for one that the peer has opened.
-    pub(crate) fn serve(self: &Arc<Self>) -> Held {
-        self.count(Opener::Peer)
-    }
-
-    fn count(self: &Arc<Self>, opener: Opener) -> Held {
-        self.counter(opener).fetch_add(1, Ordering::Relaxed);
-        Held { tunnel: self.clone(), opener }
-    }
-
-    fn counter(&self, opener: Opener) -> &AtomicUsize {
-        match opener {
-            Opener::Us => &self.open,
-            Opener::Peer => &self.served,
-        }
-    }
-
-    /// The smoothed round-trip time.
-    pub(crate) fn rtt(&self) -> Duration {
-        Duration::from_micros(self.rtt_us.load(Ordering::Relaxed).into())
-    }
-
-    pub(crate) fn set_rtt(&self, rtt: Duration) {
-        self.rtt_us.store(micros(rtt), Ordering::Relaxed);
-    }
-
-    /// Whether its answers are overdue.
-    pub(crate) fn set_suspect(&self, suspect: bool) {
-        self.suspect.store(suspect, Ordering::Relaxed);
-    }
-
-    /// The peer drains. Returns whether that is news.
-    pub(crate) fn set_goaway(&self) -> bool {
-        !self.goaway.swap(true, Ordering::Relaxed)
-    }
-
-    /// No new streams here: another link takes its place.
-    pub(crate) fn retire(&self) {
-        self.retired.cancel();
-    }
-
-    /// Resolves when another link has taken its place, or it has ended.
-    pub(crate) async fn replaced(&self) {
-        tokio::select! {
-            () = self.retired.cancelled() => {}
-            () = self.link.closed() => {}
-        }
-    }
-
-    /// Resolves when it is retired and carries nothing more, of neither side.
-    pub(crate) async fn spent(&self) {
-        self.retired.cancelled().await;
-        loop {
-            let changed = self.idle.notified();
-            if self.open.load(Ordering::Acquire) == 0 && self.served.load(Ordering::Acquire) == 0 {
-                return;
-            }
-            changed.await;
-        }
-    }
-
-    /// Packets sent and lost since the last call. To be called in regular intervals.
-    pub(crate) fn count_packets(&self) -> (u64, u64) {
-        let path = self.link.path();
-        let mut packets = self.packets();
-        let (sent, lost) = (path.sent.saturating_sub(packets.counted.0), path.lost.saturating_sub(packets.counted.1));
-        packets.counted = (path.sent, path.lost);
-        packets.sent_of_late = packets.sent_of_late * Packets::MEMORY + sent as f64;
-        packets.lost_of_late = packets.lost_of_late * Packets::MEMORY + lost as f64;
-        (sent, lost)
-    }
-
-    /// Lost packets per million sent, of late.
-    pub(crate) fn loss_ppm(&self) -> u32 {
-        let packets = self.packets();
-        let share = packets.lost_of_late / packets.sent_of_late.max(1.0);
-        (share.clamp(0.0, 1.0) * 1e6) as u32
-    }
-
-    /// It loses packets, and that is more than an accident.
-    pub(crate) fn is_lossy(&self) -> bool {
-        self.packets().lost_of_late >= 3.0 && self.loss_ppm() >= LOSSY_PPM
-    }
-
-    fn packets(&self) -> MutexGuard<'_, Packets> {
-        self.packets.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn is_going(&self) -> bool {
-        self.goaway.load(Ordering::Relaxed) || self.retired.is_cancelled()
-    }
-
-    fn is_suspect(&self) -> bool {
-        self.suspect.load(Ordering::Relaxed)
-    }
-
-    /// Lower is better: nothing against it first, then round trip times load here times load there. Round trips below a
-    /// millisecond differ by noise.
-    fn cost(&self) -> (bool, u64) {
-        let rtt = u64::from(self.rtt_us.load(Ordering::Relaxed)).max(1_000);
-        let open = self.open.load(Ordering::Relaxed) as u64;
-        let load = u64::from(self.load.load(Ordering::Relaxed));
-        (self.is_suspect() || load >= 1_000, rtt.saturating_mul(open + 1).saturating_mul(load + 1_000))
-    }
-}
-
-/// What a tunnel's transport has said of its packets.
-#[derive(Debug, Default)]
-struct Packets {
-    counted: (u64, u64),
-    /// The same with the past fading away.
-    sent_of_late: f64,
-    lost_of_late: f64,
-}
-
-impl Packets {
-    /// Per call, ten a second: half is forgotten in seven seconds.
-    const MEMORY: f64 = 0.99;
-}
-
-/// Who has opened a stream.
-#[derive(Clone, Copy, Debug)]
-enum Opener {
-    Us,
-    Peer,
-}
-
-/// One open stream of a tunnel.
-#[derive(Debug)]
-pub(crate) struct Held {
-    tunnel: Arc<Tunnel>,
-    opener: Opener,
-}
-
-impl Held {
-    /// The tunnel.
-    pub(crate) fn tunnel(&self) -> &Tunnel {
-        &self.tunnel
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        if self.tunnel.counter(self.opener).fetch_sub(1, Ordering::Release) == 1 {
-            self.tunnel.idle.notify_waiters();
-        }
-    }
-}
 
 /// A tunnel that was tried for a connection.
 #[derive(Debug)]
@@ -320,48 +95,6 @@ pub(crate) struct Evidence {
     pub(crate) tried: bool,
     /// The best word on each service.
     pub(crate) table: Table,
-}
-
-/// A peer's tunnels, as `/debug/tunnels` shows them.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct TunnelInfo {
-    /// The far cluster.
-    pub cluster: ClusterName,
-    /// The far gateway.
-    pub gateway: String,
-    /// Where it is dialled; `None` if it cannot be.
-    pub address: Option<SocketAddr>,
-    /// It works.
-    pub up: bool,
-    /// What carries it, while it is up.
-    pub transport: Option<Transport>,
-    /// It should run over QUIC and does not.
-    pub downgraded: bool,
-    /// Links that we dialled, and that the peer dialled.
-    pub links: usize,
-    /// Of these, the peer's.
-    pub accepted: usize,
-    /// All answers are overdue.
-    pub suspect: bool,
-    /// Its gateway drains.
-    pub draining: bool,
-    /// Smoothed round-trip time in microseconds; 0 while it is down.
-    pub rtt_us: u32,
-    /// Packets sent, and of these lost, on the links that are up (QUIC).
-    pub packets_sent: u64,
-    /// See above.
-    pub packets_lost: u64,
-    /// The most that one of them has lost of late, per million sent.
-    pub loss_ppm: u32,
-    /// Congestion windows together, in bytes (QUIC).
-    pub congestion_window: u64,
-    /// How full it says it is, in permille.
-    pub load_permille: u32,
-    /// Connections carried now.
-    pub open_streams: usize,
-    /// Ready endpoints per service, in its gateway's last word.
-    pub ready: BTreeMap<ServiceName, u8>,
 }
 
 /// All peers.
@@ -562,52 +295,6 @@ impl Registry {
         of_cluster(&self.lock(), cluster).filter(downgraded).count()
     }
 
-    /// Every peer's state, for the agent.
-    pub(crate) fn states(&self) -> Vec<TunnelState> {
-        let state = |info: TunnelInfo| TunnelState {
-            cluster: info.cluster,
-            gateway: info.gateway,
-            up: info.up && !info.draining,
-            rtt_us: info.rtt_us,
-            transport: info.transport.unwrap_or_default(),
-            downgraded: info.downgraded,
-            loss_ppm: info.loss_ppm,
-            cwnd_bytes: info.congestion_window,
-        };
-        self.infos().into_iter().map(state).collect()
-    }
-
-    /// Every peer's state, for people.
-    pub(crate) fn infos(&self) -> Vec<TunnelInfo> {
-        let info = |((cluster, gateway), peer): (&PeerKey, &Peer)| {
-            let tunnels: Vec<&Tunnel> = peer.legs.iter().map(|leg| leg.tunnel.as_ref()).collect();
-            // The one that the next stream would likely take.
-            let first = tunnels.iter().min_by_key(|t| (t.is_going(), t.origin == Origin::Accepted, t.since));
-            let paths: Vec<_> = tunnels.iter().map(|t| t.link.path()).collect();
-            TunnelInfo {
-                cluster: cluster.clone(),
-                gateway: gateway.clone(),
-                address: peer.dial.as_ref().map(|dial| dial.address),
-                up: !tunnels.is_empty(),
-                transport: first.map(|t| t.link.transport()),
-                downgraded: peer.dial.as_ref().is_some_and(|dial| dial.downgraded),
-                links: tunnels.len(),
-                accepted: tunnels.iter().filter(|t| t.origin == Origin::Accepted).count(),
-                suspect: !tunnels.is_empty() && tunnels.iter().all(|t| t.is_suspect()),
-                draining: !tunnels.is_empty() && tunnels.iter().all(|t| t.is_going()),
-                rtt_us: first.map(|t| t.rtt_us.load(Ordering::Relaxed)).unwrap_or_default(),
-                packets_sent: paths.iter().map(|p| p.sent).sum(),
-                packets_lost: paths.iter().map(|p| p.lost).sum(),
-                loss_ppm: tunnels.iter().map(|t| t.loss_ppm()).max().unwrap_or_default(),
-                congestion_window: paths.iter().map(|p| p.window).sum(),
-                load_permille: first.map(|t| t.load.load(Ordering::Relaxed)).unwrap_or_default(),
-                open_streams: tunnels.iter().map(|t| t.open.load(Ordering::Relaxed)).sum(),
-                ready: peer.table().iter().map(|(service, word)| (service.clone(), word.ready)).collect(),
-            }
-        };
-        self.lock().iter().map(info).collect()
-    }
-
     fn lock(&self) -> MutexGuard<'_, BTreeMap<PeerKey, Peer>> {
         // Every section leaves the map whole, so a panic in another one does not spoil it.
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
@@ -626,8 +313,4 @@ fn of_cluster<'a>(peers: &'a BTreeMap<PeerKey, Peer>, cluster: &ClusterName) -> 
 
 fn key_of(tunnel: &Tunnel) -> PeerKey {
     (tunnel.cluster.clone(), tunnel.gateway.clone())
-}
-
-fn micros(d: Duration) -> u32 {
-    u32::try_from(d.as_micros()).unwrap_or(u32::MAX)
 }
