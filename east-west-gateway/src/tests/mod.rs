@@ -12,6 +12,7 @@ mod handover;
 mod limits;
 mod links;
 mod lock;
+mod outcasts;
 mod relay;
 mod rig;
 mod sim;

@@ -204,10 +204,17 @@ impl Member<'_> {
         let tunnel = Arc::new(Tunnel::new(core, key.clone(), self.link.clone(), Origin::Accepted));
         core.registry.up(&tunnel);
         core.links_changed(self.cluster);
+        let closed = async {
+            tokio::select! {
+                () = streams(core, &tunnel) => {}
+                () = core.expiry(self.link) => self.link.close(Close::Replaced),
+            }
+            // The control stream notices, and tells the peer.
+            std::future::pending().await
+        };
         tokio::select! {
             () = control.run(core, &tunnel) => {}
-            () = streams(core, &tunnel) => {}
-            () = core.expiry(self.link) => self.link.close(Close::Replaced),
+            () = closed => {}
         }
         core.registry.down(&tunnel);
         if !core.registry.knows(&key) {

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Close, accept,
-    control::{Control, HelloError},
+    control::{Control, HelloError, LINGER},
     ending,
     link::{self, Link, quic, tcp},
     registry::{Origin, PeerKey, Steer, Tunnel},
@@ -163,12 +163,12 @@ impl Peer {
                 }
                 Lane::Tcp | Lane::TcpWithoutQuic => tcp::dial(core, &self.key.0, self.address).await?,
             };
+            let opening = Opening { link: fresh.link, done: false };
             let control = Control::open(fresh.send, fresh.recv, &core.config.name).await?;
             if control.peer != self.key.1 {
-                fresh.link.close(Close::Protocol);
                 return Err(DialError::OtherGateway(control.peer));
             }
-            Ok((fresh.link, control))
+            Ok((opening.done(), control))
         };
         let deadline = core.config.tunnel.handshake_timeout;
         let protocol = match lane.transport() {
@@ -233,16 +233,27 @@ impl Peer {
 
     async fn serve(self, tunnel: Arc<Tunnel>, control: Control, over: CancellationToken) {
         let core = &self.core;
+        let closed = async {
+            tokio::select! {
+                () = accept::streams(core, &tunnel) => {}
+                () = core.expiry(&tunnel.link) => {
+                    tunnel.set_replaced_because("the peer's certificate ended");
+                    tunnel.link.close(Close::Replaced);
+                }
+                () = tunnel.spent() => {
+                    // Streams that have ended here may have their last bytes on the way.
+                    time::sleep(LINGER).await;
+                    tunnel.link.close(Close::Drained);
+                }
+                // Whoever cancelled has closed the link with its reason.
+                () = self.steer.cancel.cancelled() => tunnel.link.close(Close::Drained),
+            }
+            // The control stream notices and tells the peer: without a word, it would take the link for broken.
+            std::future::pending().await
+        };
         tokio::select! {
             () = control.run(core, &tunnel) => {}
-            () = accept::streams(core, &tunnel) => {}
-            () = core.expiry(&tunnel.link) => {
-                tunnel.set_replaced_because("the peer's certificate ended");
-                tunnel.link.close(Close::Replaced);
-            }
-            () = tunnel.spent() => tunnel.link.close(Close::Replaced),
-            // Whoever cancelled has closed the link with its reason.
-            () = self.steer.cancel.cancelled() => {}
+            () = closed => {}
         }
         core.registry.down(&tunnel);
         core.links_changed(&self.key.0);
@@ -285,6 +296,27 @@ impl Peer {
     async fn with_quic(&self) {
         while !self.core.registry.has_quic(&self.key) {
             time::sleep(WATCH).await;
+        }
+    }
+}
+
+/// A link whose control stream is not open yet. One that comes to nothing is closed: over TCP it would dial for ever.
+struct Opening {
+    link: Link,
+    done: bool,
+}
+
+impl Opening {
+    fn done(mut self) -> Link {
+        self.done = true;
+        self.link.clone()
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        if !self.done {
+            self.link.close(Close::Protocol);
         }
     }
 }
