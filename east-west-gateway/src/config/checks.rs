@@ -1,8 +1,8 @@
-//! What values of the configuration make no sense although each is of the right type: deadlines of nothing, addresses
+//! What values of the configuration make no sense although each is of the right type: pauses of nothing, addresses
 //! that nobody can dial, two listeners on one address.
 //!
-//! In: a configuration. Out: problems, each with its field and what to write instead. Limits that depend on one another
-//! are checked beside [`Config`] itself.
+//! In: a configuration. Out: problems, each with its field and what to write instead. Limits on connections, and those that
+//! depend on one another, are checked beside [`Config`] itself.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -16,36 +16,19 @@ const SHORTEST: Duration = Duration::from_millis(1);
 /// Adds all problems.
 pub(super) fn check(config: &Config, problems: &mut Problems) {
     deadlines(config, problems);
-    counts(config, problems);
     addresses(config, problems);
     problems.within("telemetry", &config.telemetry);
 }
 
 fn deadlines(config: &Config, problems: &mut Problems) {
-    let (t, i, e) = (&config.tunnel, &config.ingress, &config.egress);
+    let t = &config.tunnel;
     for (field, value, example) in [
-        ("tunnel.handshakeTimeout", t.handshake_timeout, "5s"),
         ("tunnel.dialBackoffMax", t.dial_backoff_max, "2s"),
         ("tunnel.fallbackAfter", t.fallback_after, "1s"),
         ("tunnel.tcp.userTimeout", t.tcp.user_timeout, "10s"),
-        ("ingress.helloTimeout", i.hello_timeout, "5s"),
-        ("ingress.idleTimeout", i.idle_timeout, "1h"),
-        ("egress.connectTimeout", e.connect_timeout, "500ms"),
     ] {
         if value < SHORTEST {
             problems.add(field, format!("must be above zero, or nothing is ever in time; for example {example}"));
-        }
-    }
-}
-
-fn counts(config: &Config, problems: &mut Problems) {
-    let tcp = &config.tunnel.tcp;
-    for (field, value) in [
-        ("tunnel.tcp.maxPendingHandshakes", tcp.max_pending_handshakes),
-        ("tunnel.tcp.maxPendingHandshakesPerSource", tcp.max_pending_handshakes_per_source),
-    ] {
-        if !(1..=1_000_000).contains(&value) {
-            problems.add(field, "use 1 to 1000000: with 0 no peer could connect over TCP");
         }
     }
 }
@@ -98,21 +81,11 @@ mod tests {
     }
 
     #[test]
-    fn deadlines_and_counts_of_nothing_are_refused() {
-        for (section, key) in [
-            ("tunnel", "handshakeTimeout"),
-            ("tunnel", "dialBackoffMax"),
-            ("tunnel", "fallbackAfter"),
-            ("ingress", "helloTimeout"),
-            ("ingress", "idleTimeout"),
-            ("egress", "connectTimeout"),
-        ] {
-            refused(&with(section, &format!("  {key}: 0s")), &format!("{section}.{key}"), "for example");
+    fn deadlines_of_nothing_are_refused() {
+        for key in ["dialBackoffMax", "fallbackAfter"] {
+            refused(&with("tunnel", &format!("  {key}: 0s")), &format!("tunnel.{key}"), "for example");
         }
         refused(&with("tunnel", "  tcp: { userTimeout: 0s }"), "tunnel.tcp.userTimeout", "for example 10s");
-        for key in ["maxPendingHandshakes", "maxPendingHandshakesPerSource"] {
-            refused(&with("tunnel", &format!("  tcp: {{ {key}: 0 }}")), &format!("tunnel.tcp.{key}"), "use 1 to");
-        }
     }
 
     #[test]
