@@ -23,7 +23,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     clock,
     config::EgressConfig,
-    egress::ejection::{Ejections, Failure},
+    egress::{
+        ejection::{Ejections, Failure},
+        race,
+    },
     metrics::Metrics,
     tunnel::outbox::Table,
     view::View,
@@ -114,9 +117,8 @@ impl LocalPool {
         tried: &[SocketAddr],
     ) -> Option<Lease> {
         let mut inner = self.lock();
-        let free = |a: &SocketAddr| !tried.contains(a) && !inner.ejections.is_out(*a);
-        let candidates: Vec<SocketAddr> =
-            inner.view.addresses(service, port, selector).into_iter().filter(free).collect();
+        let mut candidates = inner.ejections.usable(inner.view.addresses(service, port, selector));
+        candidates.retain(|a| !tried.contains(a));
         let load = |a: &SocketAddr| {
             let open = inner.open.get(a).copied().unwrap_or_default() as u128;
             let answers_in = inner.records.get(a).map_or(QUICK, |record| record.answers_in).max(QUICK);
@@ -136,8 +138,8 @@ impl LocalPool {
         tried: &[SocketAddr],
     ) -> usize {
         let inner = self.lock();
-        let free = |a: &SocketAddr| !tried.contains(a) && !inner.ejections.is_out(*a);
-        inner.view.addresses(service, port, selector).iter().filter(|a| free(a)).count()
+        let usable = inner.ejections.usable(inner.view.addresses(service, port, selector));
+        usable.iter().filter(|a| !tried.contains(a)).count()
     }
 
     /// Brings endpoints back when they answer a plain connect. Runs until `stop`.
@@ -206,6 +208,15 @@ impl LocalPool {
         }
     }
 
+    fn note_failure(&self, inner: &mut Inner, address: SocketAddr, failure: Failure) {
+        if inner.ejections.failed(address, failure, clock::now()) {
+            tracing::warn!(endpoint = %address, ?failure, "endpoint taken out; it is probed until it answers");
+            self.metrics.ejection();
+            self.publish(inner);
+            self.ejected.notify_one();
+        }
+    }
+
     fn publish(&self, inner: &Inner) {
         let table = tabulate(&self.cluster, inner);
         self.table.send_if_modified(|current| {
@@ -242,16 +253,11 @@ impl Lease {
         if let Some(record) = inner.records.get_mut(&self.address) {
             record.heard = clock::now();
         }
-        if inner.ejections.failed(self.address, failure, clock::now()) {
-            tracing::warn!(endpoint = %self.address, ?failure, "endpoint taken out; it is probed until it answers");
-            self.pool.metrics.ejection();
-            self.pool.publish(&inner);
-            self.pool.ejected.notify_one();
-        }
+        self.pool.note_failure(&mut inner, self.address, failure);
     }
 
-    /// The endpoint answered after so long.
-    pub(crate) fn succeeded(&self, answered_in: Duration) {
+    /// The endpoint answered after so long, while those others, asked for as long, were silent.
+    pub(crate) fn succeeded(&self, answered_in: Duration, silent: &[(SocketAddr, Duration)]) {
         let mut inner = self.pool.lock();
         if let Some(record) = inner.records.get_mut(&self.address) {
             record.heard = clock::now();
@@ -259,6 +265,10 @@ impl Lease {
         }
         if inner.ejections.succeeded(self.address) {
             self.pool.publish(&inner);
+        }
+        // This one is in, so however many others go out, silence never takes the last.
+        for (address, _) in silent.iter().filter(|(_, silent_for)| race::outrun(*silent_for, answered_in)) {
+            self.pool.note_failure(&mut inner, *address, Failure::Outrun);
         }
     }
 }
@@ -289,10 +299,16 @@ pub(crate) fn better_of_two<T: Clone, L: Ord>(candidates: &[T], load: impl Fn(&T
 fn tabulate(cluster: &ClusterName, inner: &Inner) -> Table {
     let Some(global) = &inner.view.global else { return Table::new() };
     let out = |e: &Endpoint| addresses(e).any(|a| inner.ejections.is_out(a));
+    let dead = |e: &Endpoint| addresses(e).any(|a| inner.ejections.is_dead(a));
     let exported = global.services.values().filter(|s| s.exporters.contains_key(cluster));
     let entry = |s: &GlobalService| {
         let endpoints = inner.view.endpoints.of(&s.name);
-        let ready = endpoints.iter().filter(|e| e.is_serving() && !out(e)).count();
+        let serving = || endpoints.iter().filter(|e| e.is_serving());
+        let ready = match serving().filter(|e| !out(e)).count() {
+            // As for whoever picks one: slow is better than nothing.
+            0 => serving().filter(|e| !dead(e)).count(),
+            ready => ready,
+        };
         let availability = Availability { ready: saturate(ready), total: saturate(endpoints.len()), reachable: true };
         (s.name.clone(), availability)
     };

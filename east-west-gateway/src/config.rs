@@ -100,12 +100,16 @@ pub struct TunnelConfig {
     /// Longest pause between attempts to reach a peer.
     #[serde(with = "humantime_serde")]
     pub dial_backoff_max: Duration,
-    /// Streams that one peer connection may have open.
+    /// Streams that a peer may have open on one link.
     pub max_streams_per_peer: u32,
-    /// Connections that peers may have open, and handshakes that may be under way.
+    /// Links that peers may have made.
     pub max_connections: usize,
-    /// Of these, connections that the gateways of one cluster may have open together.
+    /// Of these, links of the gateways of one cluster together.
     pub max_connections_per_cluster: usize,
+    /// Handshakes of peers under way (QUIC).
+    pub max_pending_handshakes: usize,
+    /// Of these, from one source address.
+    pub max_pending_handshakes_per_source: usize,
     /// Unread bytes that one stream may hold.
     pub stream_window_bytes: u32,
     /// Unread bytes that all streams of one connection may hold.
@@ -172,6 +176,8 @@ pub struct TcpConfig {
     pub idle_timeout: Duration,
     /// Connections of one link: streams, warm ones, and the control connection.
     pub max_connections_per_link: usize,
+    /// Connections of all peers' links together, used or not; no cluster takes them all.
+    pub max_connections: usize,
     /// Sent bytes that are not acknowledged for so long end a connection (TCP_USER_TIMEOUT).
     #[serde(with = "humantime_serde")]
     pub user_timeout: Duration,
@@ -188,6 +194,7 @@ impl Default for TcpConfig {
             max_warm: 64,
             idle_timeout: Duration::from_secs(60),
             max_connections_per_link: 16_384,
+            max_connections: 32_768,
             user_timeout: Duration::from_secs(10),
             max_pending_handshakes: 1_024,
             max_pending_handshakes_per_source: 256,
@@ -214,6 +221,8 @@ impl Default for TunnelConfig {
             max_streams_per_peer: 4_096,
             max_connections: 1_024,
             max_connections_per_cluster: 64,
+            max_pending_handshakes: 1_024,
+            max_pending_handshakes_per_source: 256,
             stream_window_bytes: 4 << 20,
             connection_window_bytes: 128 << 20,
             slow_reader_bytes: 1 << 30,
@@ -287,7 +296,7 @@ impl Default for IngressConfig {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields, default)]
 pub struct EgressConfig {
-    /// Streams from all peers together.
+    /// Streams from all peers together; no cluster takes them all.
     pub max_streams: usize,
     /// For the TCP connection to an endpoint.
     #[serde(with = "humantime_serde")]
@@ -479,7 +488,10 @@ impl Validate for Config {
             ("egress.maxEndpoints", e.max_endpoints),
             ("tunnel.maxConnections", t.max_connections),
             ("tunnel.maxConnectionsPerCluster", t.max_connections_per_cluster),
+            ("tunnel.maxPendingHandshakes", t.max_pending_handshakes),
+            ("tunnel.maxPendingHandshakesPerSource", t.max_pending_handshakes_per_source),
             ("tunnel.tcp.maxConnectionsPerLink", t.tcp.max_connections_per_link),
+            ("tunnel.tcp.maxConnections", t.tcp.max_connections),
             ("tunnel.tcp.maxPendingHandshakes", t.tcp.max_pending_handshakes),
             ("tunnel.tcp.maxPendingHandshakesPerSource", t.tcp.max_pending_handshakes_per_source),
         ] {

@@ -33,6 +33,7 @@ use crate::{
     metrics::Metrics,
     observed::Observed,
     overload::{Overload, Why},
+    shares::Shares,
     standing::Standing,
     tunnel::{
         accept::Inbound,
@@ -65,12 +66,18 @@ pub(crate) struct Core {
     pub(crate) redundancy: Arc<Redundancy>,
     /// Links that peers have dialled over TCP.
     pub(crate) tcp_links: tcp::Links,
-    /// Links of peers, and their QUIC handshakes.
+    /// Links of peers.
     pub(crate) peer_slots: Arc<Semaphore>,
+    /// QUIC handshakes of peers under way.
+    pub(crate) quic_handshakes: Arc<Semaphore>,
+    /// And each source's share of those.
+    pub(crate) quic_sources: Arc<Sources>,
     /// TCP connections of peers whose first frame is still to come.
     pub(crate) tcp_handshakes: Arc<Semaphore>,
+    /// Connections that peers have open over TCP.
+    pub(crate) tcp_places: Arc<Shares>,
     /// Streams of all peers.
-    pub(crate) stream_slots: Arc<Semaphore>,
+    pub(crate) stream_places: Arc<Shares>,
     /// What slow readers may hold beyond their links' own windows.
     pub(crate) slow_readers: Arc<Semaphore>,
     /// Connections of local sidecars.
@@ -94,6 +101,7 @@ pub(crate) struct Core {
     /// What a successor is given.
     pub(crate) shelf: Shelf,
     replays: Mutex<ReplayBudget>,
+    hedges: Mutex<ReplayBudget>,
     outcasts: Mutex<Outcasts>,
     ids: AtomicU64,
 }
@@ -118,7 +126,8 @@ impl Core {
         let closing = CancellationToken::new();
         let slots = |n: usize| Arc::new(Semaphore::new(n));
         let ingress = &config.ingress;
-        let replays = ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, clock::now());
+        let budget =
+            || Mutex::new(ReplayBudget::new(ingress.replay_percent, ingress.replay_floor_per_second, clock::now()));
         Self {
             pool: Arc::new(LocalPool::new(cluster.clone(), &config.egress, metrics.clone())),
             observed: Observed::new(cluster.clone()),
@@ -128,8 +137,11 @@ impl Core {
             inbound: Inbound::default(),
             tcp_links: tcp::Links::default(),
             peer_slots: slots(config.tunnel.max_connections),
+            quic_handshakes: slots(config.tunnel.max_pending_handshakes),
+            quic_sources: Arc::new(Sources::new(config.tunnel.max_pending_handshakes_per_source)),
             tcp_handshakes: slots(config.tunnel.tcp.max_pending_handshakes),
-            stream_slots: slots(config.egress.max_streams),
+            tcp_places: Arc::new(Shares::new(config.tunnel.tcp.max_connections)),
+            stream_places: Arc::new(Shares::new(config.egress.max_streams)),
             slow_readers: stalled::memory(config.tunnel.slow_reader_bytes, config.tunnel.stream_window_bytes),
             local_slots: slots(ingress.max_connections),
             hello_slots: slots(ingress.max_pending_hellos),
@@ -139,7 +151,8 @@ impl Core {
             closing,
             stop: CancellationToken::new(),
             carried: TaskTracker::new(),
-            replays: Mutex::new(replays),
+            replays: budget(),
+            hedges: budget(),
             outcasts: Mutex::new(Outcasts::new(config.egress.ejection_base, config.egress.ejection_max)),
             ids: AtomicU64::new(1),
             redundancy,
@@ -187,6 +200,11 @@ impl Core {
         self.replays.lock().unwrap_or_else(PoisonError::into_inner).withdraw(clock::now())
     }
 
+    /// The same for local endpoints of one connection: what the replays of peers and of own sidecars add up to here.
+    pub(crate) fn hedges(&self) -> MutexGuard<'_, ReplayBudget> {
+        self.hedges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Where services failed lately.
     pub(crate) fn outcasts(&self) -> MutexGuard<'_, Outcasts> {
         // Every section leaves the state whole, so a panic in another one does not spoil it.
@@ -219,8 +237,7 @@ impl Core {
             return 1_000;
         }
         let max = self.config.egress.max_streams.max(1);
-        let used = max.saturating_sub(self.stream_slots.available_permits());
-        u32::try_from(used.saturating_mul(1_000) / max).unwrap_or(u32::MAX)
+        u32::try_from(self.stream_places.taken().saturating_mul(1_000) / max).unwrap_or(u32::MAX)
     }
 
     /// Resolves when the peer's certificate ends: a link must not outlive what proved it.

@@ -31,6 +31,7 @@ mod metrics;
 mod observed;
 mod overload;
 mod serve;
+mod shares;
 mod splice;
 mod standing;
 #[cfg(any(test, feature = "fuzzing"))]

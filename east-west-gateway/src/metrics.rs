@@ -105,6 +105,7 @@ pub(crate) struct Metrics {
     path_lost: Family<GatewayLabels, Counter>,
     path_window: Family<GatewayLabels, Gauge>,
     ejections: Counter,
+    hedges: Counter,
     epoch: Gauge,
     revision: Gauge,
     svid_expiry: Gauge,
@@ -142,6 +143,7 @@ impl Metrics {
             path_lost: Family::default(),
             path_window: Family::default(),
             ejections: Counter::default(),
+            hedges: Counter::default(),
             epoch: Gauge::default(),
             revision: Gauge::default(),
             svid_expiry: Gauge::default(),
@@ -183,6 +185,11 @@ impl Metrics {
             m.first_byte,
         );
         registry.register("isthmus_gateway_ejections", "Local endpoints taken out after failures", m.ejections);
+        registry.register(
+            "isthmus_gateway_hedges",
+            "Local endpoints asked beside, or after, one that did not answer",
+            m.hedges,
+        );
         registry.register("isthmus_gateway_epoch", "Epoch of the applied global state", m.epoch);
         registry.register("isthmus_gateway_revision", "Revision of the applied global state", m.revision);
         registry.register(
@@ -343,6 +350,17 @@ impl Metrics {
     /// A local endpoint was taken out.
     pub(crate) fn ejection(&self) {
         self.ejections.inc();
+    }
+
+    /// How many were.
+    #[cfg(test)]
+    pub(crate) fn ejected(&self) -> u64 {
+        self.ejections.get()
+    }
+
+    /// One more local endpoint is asked for a connection.
+    pub(crate) fn hedge(&self) {
+        self.hedges.inc();
     }
 
     /// The global state at `stamp` is in force.

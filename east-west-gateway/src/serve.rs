@@ -47,7 +47,6 @@ use crate::{
         accept,
         link::{
             quic::{self, Identity},
-            redundancy::Redundancy,
             tcp,
         },
         peers,
@@ -339,8 +338,7 @@ impl Starting {
             Some(successor) => successor.tunnel(self.tunnel, lost)?,
             None => SharedSocket::alone(self.tunnel, lost)?,
         };
-        let redundancy = Arc::new(Redundancy::default());
-        let endpoint = quic::endpoint(tunnel.clone(), redundancy.clone(), &self.config.tunnel, &identity, garbage)?;
+        let endpoint = quic::endpoint(tunnel.clone(), &self.config.tunnel, &identity, garbage)?;
         self.metrics.svid_expiry(identity.source.current().not_after().0);
         let core = Arc::new(Core::new(Parts {
             config: self.config.clone(),
@@ -351,7 +349,7 @@ impl Starting {
             tasks: self.tasks.clone(),
             steps: self.steps,
             shelf: self.shelf,
-            redundancy,
+            redundancy: tunnel.redundancy(),
         }));
         if let Some(agent) = &agent {
             core.observed.recall(agent.past(&core.metrics));

@@ -1,8 +1,9 @@
 //! Which local endpoints are out, and when each is probed again. Sans-IO: `(state, event, now) → state`.
 //!
-//! A refused connection takes an endpoint out at once. Silence or a close before the first byte may be the caller's doing,
-//! so it takes two in a row. What is out is probed with a plain connect after a pause that doubles with each failure in a
-//! row; an answer brings it back, and only a carried connection clears its record.
+//! A refused connection takes an endpoint out at once. A close before the first byte may be the caller's doing, so it takes
+//! two in a row; silence says something only while another endpoint answers ([`super::race::outrun`]), and takes two, too.
+//! What is out is probed with a plain connect after a pause that doubles with each failure in a row; an answer brings it
+//! back, and only a carried connection clears its record. What is out for silence alone is better than nothing.
 
 use std::{
     collections::HashMap,
@@ -17,8 +18,8 @@ pub(crate) enum Failure {
     Connect,
     /// Closed before its first byte.
     Closed,
-    /// Connected, and silent past the deadline.
-    Silent,
+    /// Connected, and silent while another one answered.
+    Outrun,
 }
 
 const SOFT_FAILURES: u32 = 2;
@@ -38,6 +39,8 @@ struct Record {
     probe_at: Option<Instant>,
     /// Pause after the next failure.
     pause: Duration,
+    /// Whether all of its failures were silence.
+    only_slow: bool,
 }
 
 impl Ejections {
@@ -49,8 +52,10 @@ impl Ejections {
     /// A connection to `endpoint` failed. Returns whether that took it out.
     pub(crate) fn failed(&mut self, endpoint: SocketAddr, failure: Failure, now: Instant) -> bool {
         let base = self.base;
-        let record = self.records.entry(endpoint).or_insert(Record { failures: 0, probe_at: None, pause: base });
+        let fresh = Record { failures: 0, probe_at: None, pause: base, only_slow: true };
+        let record = self.records.entry(endpoint).or_insert(fresh);
         record.failures = record.failures.saturating_add(1);
+        record.only_slow &= failure == Failure::Outrun;
         let out = record.probe_at.is_some();
         if out || (failure != Failure::Connect && record.failures < SOFT_FAILURES) {
             return false;
@@ -71,6 +76,7 @@ impl Ejections {
         if answered {
             record.probe_at = None;
         } else {
+            record.only_slow = false;
             record.eject(now, max);
         }
         answered
@@ -79,6 +85,17 @@ impl Ejections {
     /// Takes no traffic now.
     pub(crate) fn is_out(&self, endpoint: SocketAddr) -> bool {
         self.records.get(&endpoint).is_some_and(|record| record.probe_at.is_some())
+    }
+
+    /// Those of `endpoints` that take traffic now; if all are out, those that are out for silence alone.
+    pub(crate) fn usable(&self, endpoints: Vec<SocketAddr>) -> Vec<SocketAddr> {
+        let (usable, out): (Vec<_>, Vec<_>) = endpoints.into_iter().partition(|endpoint| !self.is_out(*endpoint));
+        if usable.is_empty() { out.into_iter().filter(|endpoint| !self.is_dead(*endpoint)).collect() } else { usable }
+    }
+
+    /// Takes no traffic, whatever the others do.
+    pub(crate) fn is_dead(&self, endpoint: SocketAddr) -> bool {
+        self.records.get(&endpoint).is_some_and(|record| record.probe_at.is_some() && !record.only_slow)
     }
 
     /// Endpoints whose probe is due.
@@ -134,10 +151,26 @@ mod tests {
     fn one_silent_connection_is_forgiven_and_two_in_a_row_are_not() {
         let now = Instant::now();
         let mut state = ejections();
-        assert!(!state.failed(endpoint(), Failure::Silent, now));
-        state.succeeded(endpoint());
-        assert!(!state.failed(endpoint(), Failure::Closed, now));
-        assert!(state.failed(endpoint(), Failure::Closed, now));
+        for failure in [Failure::Outrun, Failure::Closed] {
+            assert!(!state.failed(endpoint(), failure, now));
+            state.succeeded(endpoint());
+            assert!(!state.failed(endpoint(), failure, now));
+            assert!(state.failed(endpoint(), failure, now));
+            state.succeeded(endpoint());
+        }
+    }
+
+    #[test]
+    fn silence_alone_leaves_an_endpoint_for_want_of_others() {
+        let now = Instant::now();
+        let (slow, dead) = (endpoint(), "127.1.1.22:8080".parse().unwrap());
+        let mut state = ejections();
+        assert_eq!((0..2).filter(|_| state.failed(slow, Failure::Outrun, now)).count(), 1);
+        assert_eq!(state.usable(vec![slow, dead]), [dead]);
+        state.failed(dead, Failure::Connect, now);
+        assert_eq!(state.usable(vec![slow, dead]), [slow]);
+        state.probed(slow, false, now + S);
+        assert!(state.usable(vec![slow, dead]).is_empty(), "it does not even connect");
     }
 
     #[test]

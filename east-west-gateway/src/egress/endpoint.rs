@@ -1,12 +1,18 @@
 //! Handing a ClientHello to a local endpoint and waiting for its first byte: for streams from peers, and for local
 //! connections that stay in the cluster.
 //!
-//! A refused, closed or silent endpoint costs the next one a try, within one deadline; each failure is remembered by the
-//! pool. Nothing but the ClientHello has been sent when an attempt fails, so trying again is safe.
+//! Several endpoints may be asked within one deadline, in turn and side by side ([`super::race`]); the first that answers
+//! serves, the others' connections are reset. What each did is remembered by the pool. Nothing but the ClientHello is sent
+//! to any of them, so asking another one is safe.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use bytes::{Bytes, BytesMut};
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use isthmus_model::global::GlobalService;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -14,7 +20,10 @@ use tokio::{
     time,
 };
 
-use super::ejection::Failure;
+use super::{
+    ejection::Failure,
+    race::{Race, Step},
+};
 use crate::{availability::Lease, clock, core::Core, splice};
 
 const FIRST_READ: usize = 16 * 1024;
@@ -44,9 +53,9 @@ pub(crate) struct Answered {
 pub(crate) enum EndpointFailure {
     /// None was there to try.
     None,
-    /// The last one refused or closed.
+    /// All that were asked refused or closed.
     Failed,
-    /// The last one was silent.
+    /// Some were silent until the deadline.
     Silent,
 }
 
@@ -61,70 +70,85 @@ impl EndpointFailure {
     }
 }
 
+/// One that was asked.
+struct Asked {
+    lease: Lease,
+    at: Instant,
+}
+
 /// The first endpoint that answers the hello.
 pub(crate) async fn first_byte(core: &Arc<Core>, request: Request<'_>) -> Result<Answered, EndpointFailure> {
-    let began = clock::now();
+    let Request { service, port, selector, hello, deadline } = request;
+    let mut race = Race::new(clock::now() + deadline, core.config.egress.max_endpoints);
     let mut tried: Vec<SocketAddr> = Vec::new();
-    let mut last = EndpointFailure::None;
-    while tried.len() < core.config.egress.max_endpoints {
-        let left = request.deadline.saturating_sub(clock::since(began));
-        if left.is_zero() {
-            break;
-        }
-        let Some(lease) = core.pool.pick(request.service, request.port, request.selector, &tried) else { break };
-        tried.push(lease.address());
-        // A silent endpoint must leave time for those after it; the last one gets all that is left.
-        let untried = core.pool.choices(request.service, request.port, request.selector, &tried);
-        let tries = (untried + 1).min(core.config.egress.max_endpoints + 1 - tried.len());
-        let share = left / u32::try_from(tries).unwrap_or(1);
-        let tried_at = clock::now();
-        match attempt(lease.address(), request.hello, share.min(left), core.config.egress.connect_timeout).await {
+    let mut asked: Vec<Asked> = Vec::new();
+    let mut attempts = FuturesUnordered::new();
+    core.hedges().deposit();
+    loop {
+        let until = match race.step(clock::now()) {
+            Step::Ask { charged } => {
+                let picked = core.pool.pick(service, port, selector, &tried);
+                let Some(lease) = picked.filter(|_| !charged || may_hedge(core)) else {
+                    race.none_asked();
+                    continue;
+                };
+                let address = lease.address();
+                tried.push(address);
+                asked.push(Asked { lease, at: clock::now() });
+                race.asked(core.pool.choices(service, port, selector, &tried), clock::now());
+                let attempt = attempt(address, hello, core.config.egress.connect_timeout);
+                attempts.push(async move { (address, attempt.await) });
+                continue;
+            }
+            Step::Wait(until) => until,
+            Step::Over(why) => return Err(why),
+        };
+        let ended = tokio::select! {
+            ended = attempts.next() => ended,
+            () = time::sleep_until(until.into()) => None,
+        };
+        let Some((address, outcome)) = ended else { continue };
+        let Some(at) = asked.iter().position(|asked| asked.lease.address() == address) else { continue };
+        let Asked { lease, at: asked_at } = asked.swap_remove(at);
+        match outcome {
             Ok((tcp, first)) => {
-                lease.succeeded(clock::since(tried_at));
+                let silent: Vec<_> = asked.iter().map(|a| (a.lease.address(), clock::since(a.at))).collect();
+                lease.succeeded(clock::since(asked_at), &silent);
+                splice::keep(&tcp);
                 return Ok(Answered { tcp, first, lease });
             }
             Err(failure) => {
-                tracing::debug!(endpoint = %lease.address(), service = %request.service.name, ?failure, "endpoint failed");
-                last = if failure == Failure::Silent { EndpointFailure::Silent } else { EndpointFailure::Failed };
-                // A peer with a short deadline must not be able to put our endpoints out.
-                if failure != Failure::Silent || share >= core.config.egress.connect_timeout / 2 {
-                    lease.failed(failure);
-                }
+                tracing::debug!(endpoint = %address, service = %service.name, ?failure, "endpoint failed");
+                lease.failed(failure);
+                race.failed(failure);
             }
         }
     }
-    Err(last)
 }
 
-async fn attempt(
-    address: SocketAddr,
-    hello: &[u8],
-    deadline: Duration,
-    connect: Duration,
-) -> Result<(TcpStream, Bytes), Failure> {
-    let began = clock::now();
-    // Out of time by the caller's deadline says less of the endpoint than out of time by our own.
-    let late = if connect <= deadline { Failure::Connect } else { Failure::Silent };
-    let connected = time::timeout(connect.min(deadline), TcpStream::connect(address)).await;
-    let mut tcp = connected.map_err(|_| late)?.map_err(|_| Failure::Connect)?;
+/// The budget's leave to ask one more endpoint; counted either way.
+fn may_hedge(core: &Core) -> bool {
+    let may = core.hedges().withdraw(clock::now());
+    if may {
+        core.metrics.hedge();
+    } else {
+        core.metrics.reject("hedge_budget");
+    }
+    may
+}
+
+/// Asks one endpoint. The caller sets the deadline for its answer.
+async fn attempt(address: SocketAddr, hello: &[u8], connect: Duration) -> Result<(TcpStream, Bytes), Failure> {
+    let connected = time::timeout(connect, TcpStream::connect(address)).await;
+    let mut tcp = connected.map_err(|_| Failure::Connect)?.map_err(|_| Failure::Connect)?;
     splice::prepare(&tcp);
-    let exchange = async {
-        tcp.write_all(hello).await.map_err(|_| Failure::Closed)?;
-        let mut first = BytesMut::with_capacity(FIRST_READ);
-        match tcp.read_buf(&mut first).await {
-            // Alone: the buffer is much larger than most first answers, and these may be held for a while.
-            Ok(n) if n > 0 => Ok(Bytes::copy_from_slice(&first)),
-            _ => Err(Failure::Closed),
-        }
-    };
-    let first = time::timeout(deadline.saturating_sub(clock::since(began)), exchange).await;
-    match first {
-        Ok(Ok(first)) => Ok((tcp, first)),
-        Ok(Err(failure)) => Err(failure),
-        Err(_) => {
-            // Its late answer is for nobody.
-            splice::abort(&tcp);
-            Err(Failure::Silent)
-        }
+    // Unless it comes to be used: a late answer would be for nobody.
+    splice::abort(&tcp);
+    tcp.write_all(hello).await.map_err(|_| Failure::Closed)?;
+    let mut first = BytesMut::with_capacity(FIRST_READ);
+    match tcp.read_buf(&mut first).await {
+        // Alone: the buffer is much larger than most first answers, and these may be held for a while.
+        Ok(n) if n > 0 => Ok((tcp, Bytes::copy_from_slice(&first))),
+        _ => Err(Failure::Closed),
     }
 }

@@ -6,6 +6,7 @@
 
 pub(crate) mod ejection;
 pub(crate) mod endpoint;
+pub(crate) mod race;
 
 use std::{mem, sync::Arc, time::Duration};
 
@@ -17,7 +18,7 @@ use isthmus_model::{
     ids::{ClusterName, ServiceName},
     sni,
 };
-use tokio::time;
+use tokio::{sync::OwnedSemaphorePermit, time};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use self::endpoint::{Answered, EndpointFailure, Request};
@@ -28,6 +29,7 @@ use crate::{
     frame::{self, FrameReader, MAX_HEADER},
     hello::{HelloReader, Progress},
     metrics::Direction,
+    shares::Full,
     splice::{self, Far, Limits},
     tunnel::{
         VERSION,
@@ -50,6 +52,8 @@ pub(crate) struct Stream {
     pub(crate) tunnel: Arc<Tunnel>,
     pub(crate) send: SendHalf,
     pub(crate) recv: RecvHalf,
+    /// Its place among the link's streams; `None`: there are too many.
+    pub(crate) slot: Option<OwnedSemaphorePermit>,
     /// A drain waits for it.
     pub(crate) carried: TaskTrackerToken,
 }
@@ -60,6 +64,8 @@ struct Refusal {
     reason: RejectReason,
     elsewhere: bool,
     detail: &'static str,
+    /// Counted as.
+    label: &'static str,
 }
 
 /// The header, checked.
@@ -83,13 +89,18 @@ impl Asked {
 impl Stream {
     /// Serves the stream to its end.
     pub(crate) async fn serve(self) {
-        let Self { core, tunnel, send, recv, carried: token } = self;
+        let Self { core, tunnel, send, recv, slot, carried: token } = self;
         let mut access = Access::new(Direction::Egress, tunnel.cluster.clone(), core.cluster.clone(), clock::now());
         access.came_from(Source::Peer { gateway: &tunnel.gateway, id: tunnel.link.leaf() });
         // Held until the stream has ended.
-        let slot = core.stream_slots.clone().try_acquire_owned();
+        let served = tunnel.serve();
+        let place = match slot {
+            Some(slot) => core.stream_places.try_acquire(&tunnel.cluster).map(|place| (slot, place)).map_err(no_place),
+            None => Err(Refusal::overloaded("too many streams on this link", "egress_link_full")),
+        };
+        let (place, refused) = place.map_or_else(|refusal| (None, Some(refusal)), |place| (Some(place), None));
         // Boxed, since what is over soon takes much more memory than the carrying.
-        let opened = open(&core, &tunnel, slot.is_ok(), (send, recv), &mut access);
+        let opened = open(&core, &tunnel, refused, (send, recv), &mut access);
         let Some((mut far, answered, first)) = Box::pin(opened).await else { return access.finish(&core, None) };
         let guard = core.metrics.stream(Direction::Egress);
         let limits = Limits {
@@ -103,7 +114,7 @@ impl Stream {
         let mut carried = splice::splice(&answered.tcp, &mut far, Bytes::new(), limits).await;
         carried.out += first as u64;
         access.finish(&core, Some(carried));
-        drop((guard, answered, slot, token));
+        drop((guard, answered, place, served, token));
     }
 }
 
@@ -112,15 +123,18 @@ impl Stream {
 async fn open(
     core: &Arc<Core>,
     tunnel: &Tunnel,
-    has_slot: bool,
+    refused: Option<Refusal>,
     (mut send, recv): (SendHalf, RecvHalf),
     access: &mut Access,
 ) -> Option<(Far, Answered, usize)> {
     let mut reader = FrameReader::new(recv, MAX_HEADER);
-    let placed = match core.admit() {
-        Ok(()) if has_slot => place(core, &tunnel.cluster, &mut reader, &send, access).await,
-        Ok(()) => Err(Some(Refusal::new(RejectReason::Overloaded, true, "too many streams"))),
-        Err(why) => Err(Some(Refusal::new(RejectReason::Overloaded, true, why.detail()))),
+    let refused = match core.admit() {
+        Ok(()) => refused,
+        Err(why) => Some(Refusal::overloaded(why.detail(), label(RejectReason::Overloaded))),
+    };
+    let placed = match refused {
+        None => place(core, &tunnel.cluster, &mut reader, &send, access).await,
+        Some(refusal) => Err(Some(refusal)),
     };
     let (mut recv, _) = reader.into_parts();
     match placed {
@@ -143,8 +157,8 @@ async fn open(
             None
         }
         Err(Some(refusal)) => {
-            core.metrics.reject(label(refusal.reason));
-            access.failed(label(refusal.reason));
+            core.metrics.reject(refusal.label);
+            access.failed(refusal.label);
             access.because(refusal.detail);
             refuse(&mut send, &mut recv, &refusal).await;
             None
@@ -286,11 +300,22 @@ async fn refuse(send: &mut SendHalf, recv: &mut RecvHalf, refusal: &Refusal) {
 
 impl Refusal {
     fn new(reason: RejectReason, elsewhere: bool, detail: &'static str) -> Self {
-        Self { reason, elsewhere, detail }
+        Self { reason, elsewhere, detail, label: label(reason) }
+    }
+
+    fn overloaded(detail: &'static str, label: &'static str) -> Self {
+        Self { label, ..Self::new(RejectReason::Overloaded, true, detail) }
     }
 
     fn malformed(detail: &'static str) -> Self {
         Self::new(RejectReason::Malformed, false, detail)
+    }
+}
+
+fn no_place(full: Full) -> Refusal {
+    match full {
+        Full::All => Refusal::overloaded("too many streams", label(RejectReason::Overloaded)),
+        Full::Share => Refusal::overloaded("this cluster has its share of the streams", "egress_share"),
     }
 }
 

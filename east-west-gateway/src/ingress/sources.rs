@@ -1,4 +1,4 @@
-//! Shares of the places for pending ClientHellos: one source address cannot take them all.
+//! Shares of the places for what is pending, such as ClientHellos or handshakes: one source address cannot take them all.
 
 use std::{
     collections::HashMap,
@@ -31,6 +31,11 @@ impl Sources {
         Some(Share { sources: self.clone(), source })
     }
 
+    /// Whether `source` has half of its share already.
+    pub(crate) fn is_busy(&self, source: IpAddr) -> bool {
+        self.lock().get(&source.to_canonical()).is_some_and(|count| *count >= self.max / 2)
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
         // Every section leaves the map whole, so a panic in another one does not spoil it.
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
@@ -59,6 +64,18 @@ impl Drop for Share {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn half_of_a_share_is_busy_and_no_share_is_not() {
+        let sources = Arc::new(Sources::new(4));
+        let source = IpAddr::from([10, 0, 0, 1]);
+        let first = sources.try_acquire(source).unwrap();
+        assert!(!sources.is_busy(source));
+        let _second = sources.try_acquire(source).unwrap();
+        assert!(sources.is_busy(source) && !sources.is_busy(IpAddr::from([10, 0, 0, 2])));
+        drop(first);
+        assert!(!sources.is_busy(source));
+    }
 
     #[test]
     fn each_source_has_its_own_share_and_gets_it_back() {

@@ -142,6 +142,11 @@ pub(crate) fn abort(tcp: &TcpStream) {
     drop(SockRef::from(tcp).set_linger(Some(Duration::ZERO)));
 }
 
+/// Takes [`abort`] back.
+pub(crate) fn keep(tcp: &TcpStream) {
+    drop(SockRef::from(tcp).set_linger(None));
+}
+
 /// No latency from coalescing, and an end for peers that vanish without a word.
 pub(crate) fn prepare(tcp: &TcpStream) {
     let keepalive =

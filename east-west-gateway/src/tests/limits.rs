@@ -1,26 +1,16 @@
 //! Limits that end a connection, or keep it from beginning, although both of its sides are well.
 
-use std::{io::ErrorKind, net::SocketAddr, time::Duration};
+use std::{io::ErrorKind, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 
-use super::rig::{Gateway, Server, introduce, knock, read, sni, until};
-use crate::testkit::cluster;
+use super::rig::{Gateway, Server, introduce, knock, linked_with, over_both, read, show, sni, until};
+use crate::{config::LinkTransport, testkit::cluster};
 
-/// Shows these gateways each other, and waits until the first sees the others ready.
-async fn show(gateways: &[Gateway], members: &[(&str, &[SocketAddr])]) {
-    let global = introduce(gateways, members);
-    for (gateway, (_, endpoints)) in gateways.iter().zip(members) {
-        gateway.set_endpoints(endpoints);
-        gateway.set_global(&global);
-    }
-    for (other, _) in &members[1..] {
-        gateways[0].sees_ready(other).await;
-    }
-}
+over_both!(one_cluster_cannot_take_all_streams_from_the_others);
 
 #[tokio::test]
 async fn a_connection_is_reset_at_its_age_limit_however_busy_it_is() {
@@ -81,4 +71,85 @@ async fn a_gateway_short_of_memory_sends_new_streams_elsewhere_and_finishes_what
     until("an idle gateway takes new work", || north.admit().is_ok()).await;
     let mut again = knock(to_north, &sni(Some("north"))).await;
     assert_eq!(read(&mut again, 1).await, b"N");
+}
+
+async fn one_cluster_cannot_take_all_streams_from_the_others(over: LinkTransport) {
+    let west = Server::bind().await.echo(b"west");
+    let few = |config: &mut crate::Config| {
+        config.tunnel.transport = over;
+        config.egress.max_streams = 4;
+    };
+    let (gateways, _) = linked_with(few, &[("east", &[]), ("north", &[]), ("west", &[west])]).await;
+    gateways[1].sees_ready("west").await;
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        let mut client = knock(gateways[0].auto, &sni(None)).await;
+        assert_eq!(read(&mut client, 4).await, b"west");
+        held.push(client);
+    }
+    let mut client = knock(gateways[0].auto, &sni(None)).await;
+    assert!(client.read(&mut [0; 1]).await.is_err(), "the last place is not for it");
+    let far = gateways[2].core().await;
+    assert_eq!(far.metrics.rejected("egress_share"), 1);
+    assert_eq!(gateways[0].core().await.metrics.attempted(&cluster("west"), "rejected_overloaded"), 1);
+    let mut other = knock(gateways[1].auto, &sni(None)).await;
+    assert_eq!(read(&mut other, 4).await, b"west");
+    drop((held, other));
+    until("all places are free", || far.stream_places.taken() == 0).await;
+}
+
+#[tokio::test]
+async fn a_link_over_tcp_carries_no_more_streams_than_a_peer_may_have() {
+    let west = Server::bind().await.echo(b"west");
+    let few = |config: &mut crate::Config| {
+        config.tunnel.transport = LinkTransport::Tcp;
+        config.tunnel.max_streams_per_peer = 2;
+    };
+    let (gateways, _) = linked_with(few, &[("east", &[]), ("west", &[west])]).await;
+    let mut held = Vec::new();
+    for _ in 0..2 {
+        let mut client = knock(gateways[0].auto, &sni(None)).await;
+        assert_eq!(read(&mut client, 4).await, b"west");
+        held.push(client);
+    }
+    let mut client = knock(gateways[0].auto, &sni(None)).await;
+    assert!(client.read(&mut [0; 1]).await.is_err(), "that is one too many");
+    let far = gateways[1].core().await;
+    assert_eq!(far.metrics.rejected("egress_link_full"), 1);
+    drop(held);
+    until("both have ended", || far.stream_places.taken() == 0).await;
+    let mut client = knock(gateways[0].auto, &sni(None)).await;
+    assert_eq!(read(&mut client, 4).await, b"west");
+}
+
+#[tokio::test]
+async fn unused_connections_of_one_cluster_do_not_keep_another_one_from_linking() {
+    let west = Server::bind().await.echo(b"west");
+    let greedy = |config: &mut crate::Config| {
+        config.tunnel.transport = LinkTransport::Tcp;
+        config.tunnel.tcp.min_warm = 16;
+    };
+    let few = |config: &mut crate::Config| {
+        config.tunnel.transport = LinkTransport::Tcp;
+        config.tunnel.tcp.max_connections = 12;
+    };
+    let east = Gateway::start_with("east", greedy).await;
+    let west_gateway = Gateway::start_with("west", few).await;
+    let mut gateways = vec![east, west_gateway];
+    show(&gateways, &[("east", &[]), ("west", &[west])]).await;
+    let far = gateways[1].core().await;
+    until("east has its share", || far.metrics.rejected("tcp_share") > 0).await;
+    let north = Gateway::start_with("north", |config| {
+        config.tunnel.transport = LinkTransport::Tcp;
+        config.tunnel.tcp.min_warm = 1;
+    })
+    .await;
+    gateways.push(north);
+    let members: [(&str, &[_]); 3] = [("east", &[]), ("west", &[west]), ("north", &[])];
+    let global = introduce(&gateways, &members);
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    gateways[2].sees_ready("west").await;
+    let mut client = knock(gateways[2].auto, &sni(None)).await;
+    assert_eq!(read(&mut client, 4).await, b"west");
+    assert!(far.tcp_places.taken() <= 12);
 }

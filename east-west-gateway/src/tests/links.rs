@@ -10,13 +10,17 @@ use tokio::{
 
 use super::{
     relay::Relay,
-    rig::{Gateway, Server, introduce, knock, linked, over_both, read, sni, svid, until},
+    rig::{Gateway, Server, introduce, knock, linked, next, over_both, read, sni, svid, until},
 };
 use crate::{config::LinkTransport, testkit::cluster};
 
 over_both!(
+    a_link_that_was_refused_leaves_nothing_behind,
+    a_link_that_is_given_up_is_no_broken_one_to_the_peer,
+    a_link_that_was_replaced_finishes_what_the_peer_carries_on_it,
     a_gateway_that_cannot_be_dialled_is_reached_through_the_link_it_made,
     a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_what_it_carries,
+    a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carries,
     slow_readers_stall_nobody_else,
     a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves,
     steady_downloads_over_one_link_all_arrive,
@@ -167,6 +171,176 @@ async fn a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_w
     let gone = || core.registry.own_links(&cluster("west")).iter().all(|id| !before.contains(id));
     until("the old link is given up", gone).await;
     exchange(&mut new, &mut new_served, b"as before").await;
+}
+
+async fn a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carries(over: LinkTransport) {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relays = tokio::sync::OnceCell::new();
+    let (gateways, global) = pair(over, [&east, &west], async |[_, w]| {
+        let both = async || [Relay::before(w.tunnel).await, Relay::before(w.tunnel).await];
+        [None, Some(relays.get_or_init(both).await[0].address)]
+    })
+    .await;
+    gateways[0].sees_ready("west").await;
+    gateways[1].sees_ready("east").await;
+    let core = gateways[0].core().await;
+    let links = || core.registry.own_links(&cluster("west"));
+    let before = links();
+    // One each way, all on the link that east has made.
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    let (mut inward, mut inward_served) = carried(&gateways[1], "east", &east).await;
+
+    let mut moved = next(&global);
+    let address = relays.get().unwrap()[1].address;
+    moved.clusters.get_mut(&cluster("west")).unwrap().gateways[0].tunnel = Some(address);
+    gateways[0].set_global(&moved);
+    until("there is a new link", || links().iter().any(|id| !before.contains(id))).await;
+    assert_eq!(gateways[0].inspector.tunnels()[0].address, Some(address));
+    exchange(&mut client, &mut served, b"still here").await;
+    exchange(&mut inward, &mut inward_served, b"the other way").await;
+    let (mut new, mut new_served) = carried(&gateways[0], "west", &west).await;
+    drop((client, served));
+    let west_core = gateways[1].core().await;
+    let draining = || west_core.registry.infos().iter().any(|t| t.links == 2 && !t.draining);
+    until("west knows both links", draining).await;
+    exchange(&mut inward, &mut inward_served, b"until it ends").await;
+    assert!(links().iter().any(|id| before.contains(id)), "it carries the other way");
+    drop((inward, inward_served));
+    until("the old link is given up", || links().iter().all(|id| !before.contains(id))).await;
+    exchange(&mut new, &mut new_served, b"as before").await;
+    assert_eq!(core.metrics.rejected("peer_dead"), 0);
+}
+
+#[tokio::test]
+async fn a_certificate_renewed_during_a_handshake_is_shown_on_the_next_link() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let (gateways, _) = pair(LinkTransport::Quic, [&east, &west], async |[_, w]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        relay.hold_at_certificate(true);
+        [None, Some(relay.address)]
+    })
+    .await;
+    let relay = relay.get().unwrap();
+    until("east has shown its certificate", || relay.holds()).await;
+    let renewed = svid("east");
+    let leaf = renewed.chain()[0].clone();
+    gateways[0].core().await.identity.source.set(renewed);
+    assert!(gateways[0].inspector.tunnels().iter().all(|t| !t.up), "the handshake is under way");
+    relay.hold_at_certificate(false);
+    let core = gateways[1].core().await;
+    let shown = || core.registry.pick(&cluster("east"), &[]).and_then(|tunnel| tunnel.link.leaf());
+    until("the link is up", || shown().is_some()).await;
+    until("west has seen the new certificate", || shown().as_ref() == Some(&leaf)).await;
+}
+
+#[tokio::test]
+async fn small_datagrams_go_twice_where_the_path_loses_some_and_nowhere_else() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let through = async |[_, w]: [&Gateway; 2]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        [None, Some(relay.address)]
+    };
+    let (gateways, _) = pair(LinkTransport::Quic, [&east, &west], through).await;
+    gateways[0].sees_ready("west").await;
+    let relay = relay.get().unwrap();
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    for _ in 0..100 {
+        exchange(&mut client, &mut served, b"a path that loses nothing").await;
+    }
+    assert_eq!(relay.copies(), (0, 0));
+
+    relay.lose_one_in(10);
+    for n in 0.. {
+        exchange(&mut client, &mut served, b"a path that loses some").await;
+        if relay.copies().0 >= 100 {
+            break;
+        }
+        assert!(n < 5_000, "{:?}", gateways[0].inspector.tunnels());
+    }
+    // Bulk is not: what follows a lost packet reveals the loss at once.
+    let bulk = vec![7; 4_000_000];
+    let (sent, received) = tokio::join!(client.write_all(&bulk), read(&mut served, bulk.len()));
+    sent.unwrap();
+    assert!(received == bulk);
+    let (_, largest) = relay.copies();
+    assert!(largest <= 1_200, "{largest}");
+}
+
+#[tokio::test]
+async fn nothing_goes_twice_where_redundancy_is_turned_off() {
+    let west = Server::bind().await;
+    let plain = |config: &mut crate::Config| config.tunnel.redundancy = false;
+    let gateways = [Gateway::start_with("east", plain).await, Gateway::start("west").await];
+    let relay = Relay::before(gateways[1].tunnel).await;
+    let mut global = introduce(&gateways, &[("east", &[]), ("west", &[west.address])]);
+    global.clusters.get_mut(&cluster("east")).unwrap().gateways.clear();
+    global.clusters.get_mut(&cluster("west")).unwrap().gateways =
+        vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(relay.address) }];
+    gateways[1].set_endpoints(&[west.address]);
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    gateways[0].sees_ready("west").await;
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    relay.lose_one_in(10);
+    let lost = || gateways[0].inspector.tunnels()[0].packets_lost;
+    for n in 0.. {
+        exchange(&mut client, &mut served, b"a path that loses some").await;
+        assert_eq!(relay.copies(), (0, 0));
+        if lost() >= 10 {
+            break;
+        }
+        assert!(n < 5_000, "{:?}", gateways[0].inspector.tunnels());
+    }
+}
+
+async fn a_link_that_was_refused_leaves_nothing_behind(over: LinkTransport) {
+    let mut gateways = [Gateway::start_over(over, "east").await, Gateway::start_over(over, "west").await];
+    let global = introduce(&gateways, &[("east", &[]), ("west", &[])]);
+    gateways[0].set_global(&global);
+    // West knows nobody yet.
+    let core = gateways[1].core().await;
+    until("east is turned away", || core.metrics.rejected("peer_not_a_member") > 1).await;
+    gateways[0].drain();
+    // What goes on although nobody needs it is waited for until the drain's deadline, and then some.
+    tokio::time::timeout(Duration::from_secs(4), gateways[0].ended()).await.expect("it ends when it is done");
+}
+
+async fn a_link_that_is_given_up_is_no_broken_one_to_the_peer(over: LinkTransport) {
+    let west = Server::bind().await;
+    let (gateways, global) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
+    let (east, west) = (gateways[0].core().await, gateways[1].core().await);
+    let accepted = || gateways[1].inspector.tunnels().iter().map(|t| t.accepted).sum::<usize>();
+    east.identity.source.set(svid("east"));
+    until("a new link is there beside the old one", || accepted() == 2).await;
+    until("the old one is given up", || accepted() == 1).await;
+    assert_eq!(west.metrics.rejected("peer_protocol"), 0);
+    let mut without = next(&global);
+    without.clusters.get_mut(&cluster("west")).unwrap().gateways.clear();
+    gateways[0].set_global(&without);
+    until("east has left", || accepted() == 0).await;
+    assert_eq!(west.metrics.rejected("peer_protocol"), 0);
+}
+
+async fn a_link_that_was_replaced_finishes_what_the_peer_carries_on_it(over: LinkTransport) {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    // West cannot dial: all goes by east's link.
+    let (gateways, _) = pair(over, [&east, &west], async |[_, w]| [None, Some(w.tunnel)]).await;
+    gateways[1].sees_ready("east").await;
+    let (mut client, mut served) = carried(&gateways[1], "east", &east).await;
+    let core = gateways[0].core().await;
+    let before = core.registry.own_links(&cluster("west"));
+    core.identity.source.set(svid("east"));
+    let there = |old: bool| core.registry.own_links(&cluster("west")).iter().any(|id| before.contains(id) == old);
+    until("there is a new link", || there(false)).await;
+    // For longer than a link that carries nothing is kept.
+    let mut trickle = tokio::time::interval(Duration::from_millis(50));
+    for _ in 0..60 {
+        trickle.tick().await;
+        exchange(&mut client, &mut served, b"inward").await;
+    }
+    drop((client, served));
+    until("the old link is given up", || !there(true)).await;
 }
 
 async fn slow_readers_stall_nobody_else(over: LinkTransport) {

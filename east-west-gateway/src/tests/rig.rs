@@ -313,6 +313,18 @@ pub(super) async fn linked_with(
     (gateways, global)
 }
 
+/// Shows these gateways each other, and waits until the first sees the others ready.
+pub(super) async fn show(gateways: &[Gateway], members: &[(&str, &[SocketAddr])]) {
+    let global = introduce(gateways, members);
+    for (gateway, (_, endpoints)) in gateways.iter().zip(members) {
+        gateway.set_endpoints(endpoints);
+        gateway.set_global(&global);
+    }
+    for (other, _) in &members[1..] {
+        gateways[0].sees_ready(other).await;
+    }
+}
+
 /// The state in which these gateways are the clusters' own.
 pub(super) fn introduce(gateways: &[Gateway], members: &[(&str, &[SocketAddr])]) -> GlobalSnapshot {
     let names: Vec<&str> = members.iter().map(|(name, _)| *name).collect();

@@ -24,7 +24,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, transport};
 use tracing::{Dispatch, subscriber::NoSubscriber};
 
-use super::rig::{Gateway, Server, introduce, knock, local, read, refusing, sni, until};
+use super::rig::{Gateway, Server, knock, local, read, refusing, show, sni, until};
 
 /// Keeps what is logged.
 #[derive(Clone, Default)]
@@ -78,18 +78,6 @@ impl Log {
         until("a line is written", || !self.accesses().is_empty()).await;
         assert_eq!(self.accesses().len(), 1);
         self.accesses().remove(0)
-    }
-}
-
-/// Shows these gateways each other; the first waits until the others are ready.
-async fn show(gateways: &[Gateway], members: &[(&str, &[SocketAddr])]) {
-    let global = introduce(gateways, members);
-    for (gateway, (_, endpoints)) in gateways.iter().zip(members) {
-        gateway.set_endpoints(endpoints);
-        gateway.set_global(&global);
-    }
-    for (other, _) in &members[1..] {
-        gateways[0].sees_ready(other).await;
     }
 }
 

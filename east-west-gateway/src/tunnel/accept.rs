@@ -11,8 +11,8 @@ use std::{
 
 use isthmus_identity::tls;
 use isthmus_model::ids::ClusterName;
-use quinn::{Endpoint, Incoming};
-use tokio::time;
+use quinn::{Connection, Endpoint, Incoming};
+use tokio::{sync::Semaphore, time};
 
 use super::{
     Close,
@@ -74,44 +74,61 @@ pub(crate) async fn accept(core: Arc<Core>, endpoint: Endpoint) {
             incoming.refuse();
             continue;
         }
-        // Under pressure, only addresses that prove to be real get a slot (RFC 9000, 8.1.2).
-        let pressed = core.peer_slots.available_permits() < core.config.tunnel.max_connections / 2;
+        // Under pressure, only addresses that prove to be real get a place (RFC 9000, 8.1.2): nobody takes those of another
+        // address by its name.
+        let source = incoming.remote_address().ip();
+        let few = core.quic_handshakes.available_permits() < core.config.tunnel.max_pending_handshakes / 2;
+        let pressed = few || core.quic_sources.is_busy(source);
         if pressed && !incoming.remote_address_validated() && incoming.may_retry() {
             core.metrics.reject("peer_address_check");
             // Fails only for what cannot be retried, which was asked before.
             drop(incoming.retry());
             continue;
         }
-        match core.peer_slots.clone().try_acquire_owned() {
-            Ok(slot) => {
-                let core = core.clone();
-                core.tasks.clone().spawn("tunnel.accept", async move {
-                    serve(&core, incoming).await;
-                    drop(slot);
-                });
+        let Some(share) = core.quic_sources.try_acquire(source) else {
+            core.metrics.reject("peer_source_pending");
+            incoming.refuse();
+            continue;
+        };
+        let Ok(pending) = core.quic_handshakes.clone().try_acquire_owned() else {
+            core.metrics.reject("peer_overload");
+            incoming.refuse();
+            continue;
+        };
+        let core = core.clone();
+        core.tasks.clone().spawn("tunnel.accept", async move {
+            let connection = shake_hands(&core, incoming).await;
+            drop((pending, share));
+            if let Some(connection) = connection {
+                serve(&core, connection).await;
             }
-            Err(_) => {
-                core.metrics.reject(Close::Overloaded.label());
-                incoming.refuse();
-            }
-        }
+        });
     }
 }
 
-async fn serve(core: &Arc<Core>, incoming: Incoming) {
+/// `None`: it failed, and was counted.
+async fn shake_hands(core: &Core, incoming: Incoming) -> Option<Connection> {
     let remote = incoming.remote_address();
     let deadline = core.config.tunnel.handshake_timeout;
     let handshake = async { incoming.accept()?.await };
-    let connection = match time::timeout(deadline, handshake).await {
-        Ok(Ok(connection)) => connection,
+    match time::timeout(deadline, handshake).await {
+        Ok(Ok(connection)) => return Some(connection),
         Ok(Err(error)) => {
             tracing::debug!(peer = %remote, %error, "peer's handshake failed");
-            return core.metrics.reject("peer_handshake");
+            core.metrics.reject("peer_handshake");
         }
-        Err(_) => return core.metrics.reject("peer_handshake_timeout"),
-    };
+        Err(_) => core.metrics.reject("peer_handshake_timeout"),
+    }
+    None
+}
+
+async fn serve(core: &Arc<Core>, connection: Connection) {
     let id = quic::leaf(&connection).and_then(|leaf| tls::peer_id(Some(&[leaf])));
     let link = Link::Quic(connection.into());
+    let Ok(_place) = core.peer_slots.try_acquire() else {
+        core.metrics.reject(Close::Overloaded.label());
+        return link.close(Close::Overloaded);
+    };
     match id.and_then(|id| quic::gateway_cluster(&id, &core.identity.federation)) {
         Some(cluster) => member(core, link, None, cluster).await,
         None => {
@@ -187,10 +204,17 @@ impl Member<'_> {
         let tunnel = Arc::new(Tunnel::new(core, key.clone(), self.link.clone(), Origin::Accepted));
         core.registry.up(&tunnel);
         core.links_changed(self.cluster);
+        let closed = async {
+            tokio::select! {
+                () = streams(core, &tunnel) => {}
+                () = core.expiry(self.link) => self.link.close(Close::Replaced),
+            }
+            // The control stream notices, and tells the peer.
+            std::future::pending().await
+        };
         tokio::select! {
             () = control.run(core, &tunnel) => {}
-            () = streams(core, &tunnel) => {}
-            () = core.expiry(self.link) => self.link.close(Close::Replaced),
+            () = closed => {}
         }
         core.registry.down(&tunnel);
         if !core.registry.knows(&key) {
@@ -209,9 +233,12 @@ impl Member<'_> {
 
 /// Serves the streams that the peer opens. Never ends by itself: the control stream notices the link's end.
 pub(super) async fn streams(core: &Arc<Core>, tunnel: &Arc<Tunnel>) {
+    // QUIC's own flow control has the same limit; over TCP nothing else has.
+    let max = usize::try_from(core.config.tunnel.max_streams_per_peer).unwrap_or(Semaphore::MAX_PERMITS);
+    let slots = Arc::new(Semaphore::new(max));
     while let Some((send, recv)) = tunnel.link.accept().await {
-        let carried = core.carried.token();
-        let stream = egress::Stream { core: core.clone(), tunnel: tunnel.clone(), send, recv, carried };
+        let (slot, carried) = (slots.clone().try_acquire_owned().ok(), core.carried.token());
+        let stream = egress::Stream { core: core.clone(), tunnel: tunnel.clone(), send, recv, slot, carried };
         core.tasks.spawn("egress.stream", stream.serve());
     }
     std::future::pending().await

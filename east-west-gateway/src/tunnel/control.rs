@@ -26,8 +26,8 @@ use crate::{
 
 /// Words of a peer that come faster are taken in together: what follows from them costs more than to say them.
 const MERGE: Duration = Duration::from_millis(10);
-/// For the last bytes of a drained peer's streams.
-const LINGER: Duration = Duration::from_secs(2);
+/// For the last bytes of streams that have ended at the side that closes the link.
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// Why a control stream did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +80,8 @@ impl Control {
         };
         match ended {
             Some(End::Because(why)) => {
-                if why != Close::Drained {
+                // A link that has just been closed breaks its control stream, too: that is nobody's mistake.
+                if why != Close::Drained && tunnel.link.why_closed().is_none() {
                     core.metrics.reject(why.label());
                 }
                 tunnel.link.close(why);
@@ -146,7 +147,7 @@ impl Running<'_> {
             let current = table.borrow_and_update().clone();
             let own = Own {
                 table: &current,
-                draining: self.core.draining.is_cancelled(),
+                draining: self.core.draining.is_cancelled() || self.tunnel.is_past(),
                 succeeded: self.core.steps.taken_over.is_cancelled(),
                 offers: self.tunnel.link.wishes(self.core.registry.needs_reverse(self.tunnel)),
                 packets: self.tunnel.link.path().received,

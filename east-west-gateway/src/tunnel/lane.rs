@@ -1,11 +1,16 @@
 //! Keeps one link to one peer: dials with backoff and jitter, watches over it, and replaces it before it must end.
 //!
 //! Several lanes may lead to one peer. A link is replaced make-before-break when this gateway's certificate was renewed,
-//! when the peer's nears its end, when the peer is succeeded by another process, or when QUIC works again where TCP stood
+//! when the peer's nears its end, when the peer has moved or is succeeded by another process, or when QUIC works again where TCP stood
 //! in for it: once the new link works the old one takes no new streams, and the running ones finish on it. A lane ends
 //! with its peer.
 
-use std::{future::Future, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    net::SocketAddr,
+    sync::{Arc, Weak},
+    time::Duration,
+};
 
 use isthmus_identity::svid::Svid;
 use isthmus_model::local::Transport;
@@ -16,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Close, accept,
-    control::{Control, HelloError},
+    control::{Control, HelloError, LINGER},
     ending,
     link::{self, Link, quic, tcp},
     registry::{Origin, PeerKey, Steer, Tunnel},
@@ -77,6 +82,8 @@ pub(super) struct Peer {
     pub(super) key: PeerKey,
     pub(super) address: SocketAddr,
     pub(super) steer: Steer,
+    /// Links to where it was before: they take new streams until one to `address` works.
+    pub(super) before: Arc<[Weak<Tunnel>]>,
 }
 
 impl Peer {
@@ -86,6 +93,7 @@ impl Peer {
         tokio::select! {
             () = self.lane(lane, &mut wake) => {}
             () = self.steer.cancel.cancelled() => {}
+            () = self.steer.moved.cancelled() => {}
         }
     }
 
@@ -155,12 +163,12 @@ impl Peer {
                 }
                 Lane::Tcp | Lane::TcpWithoutQuic => tcp::dial(core, &self.key.0, self.address).await?,
             };
+            let opening = Opening { link: fresh.link, done: false };
             let control = Control::open(fresh.send, fresh.recv, &core.config.name).await?;
             if control.peer != self.key.1 {
-                fresh.link.close(Close::Protocol);
                 return Err(DialError::OtherGateway(control.peer));
             }
-            Ok((fresh.link, control))
+            Ok((opening.done(), control))
         };
         let deadline = core.config.tunnel.handshake_timeout;
         let protocol = match lane.transport() {
@@ -188,9 +196,8 @@ impl Peer {
             tunnel.link.close(Close::Replaced);
             return (Ended::Lost, before);
         }
-        if let Some(before) = before {
-            before.retire();
-        }
+        let elsewhere = self.before.iter().filter_map(Weak::upgrade);
+        before.into_iter().chain(elsewhere).for_each(|before| before.retire());
         // TCP does not tell; the first probe will.
         let rtt = Some(tunnel.rtt()).filter(|rtt| !rtt.is_zero()).map(tracing::field::debug);
         tracing::info!(%cluster, gateway, address = %self.address, transport = link::label(transport), rtt, "tunnel up");
@@ -226,16 +233,27 @@ impl Peer {
 
     async fn serve(self, tunnel: Arc<Tunnel>, control: Control, over: CancellationToken) {
         let core = &self.core;
+        let closed = async {
+            tokio::select! {
+                () = accept::streams(core, &tunnel) => {}
+                () = core.expiry(&tunnel.link) => {
+                    tunnel.set_replaced_because("the peer's certificate ended");
+                    tunnel.link.close(Close::Replaced);
+                }
+                () = tunnel.spent() => {
+                    // Streams that have ended here may have their last bytes on the way.
+                    time::sleep(LINGER).await;
+                    tunnel.link.close(Close::Drained);
+                }
+                // Whoever cancelled has closed the link with its reason.
+                () = self.steer.cancel.cancelled() => tunnel.link.close(Close::Drained),
+            }
+            // The control stream notices and tells the peer: without a word, it would take the link for broken.
+            std::future::pending().await
+        };
         tokio::select! {
             () = control.run(core, &tunnel) => {}
-            () = accept::streams(core, &tunnel) => {}
-            () = core.expiry(&tunnel.link) => {
-                tunnel.set_replaced_because("the peer's certificate ended");
-                tunnel.link.close(Close::Replaced);
-            }
-            () = tunnel.spent() => tunnel.link.close(Close::Replaced),
-            // Whoever cancelled has closed the link with its reason.
-            () = self.steer.cancel.cancelled() => {}
+            () = closed => {}
         }
         core.registry.down(&tunnel);
         core.links_changed(&self.key.0);
@@ -278,6 +296,27 @@ impl Peer {
     async fn with_quic(&self) {
         while !self.core.registry.has_quic(&self.key) {
             time::sleep(WATCH).await;
+        }
+    }
+}
+
+/// A link whose control stream is not open yet. One that comes to nothing is closed: over TCP it would dial for ever.
+struct Opening {
+    link: Link,
+    done: bool,
+}
+
+impl Opening {
+    fn done(mut self) -> Link {
+        self.done = true;
+        self.link.clone()
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        if !self.done {
+            self.link.close(Close::Protocol);
         }
     }
 }

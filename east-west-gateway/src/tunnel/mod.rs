@@ -29,7 +29,7 @@ pub(crate) const VERSION: u32 = 1;
 /// Why a connection is closed, as the peer sees it: QUIC application error codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Close {
-    /// The gateway has drained.
+    /// The gateway has drained, or the link, which another one has replaced.
     Drained,
     /// The peer's cluster is no active member.
     NotAMember,
@@ -39,7 +39,7 @@ pub(crate) enum Close {
     Dead,
     /// The peer broke the protocol.
     Protocol,
-    /// Replaced: the peer's address changed, or the gateway left its cluster's list.
+    /// The peer's address changed, its certificate has ended, or the gateway left its cluster's list.
     Replaced,
     /// Too many connections.
     Overloaded,

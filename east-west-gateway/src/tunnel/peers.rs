@@ -1,8 +1,8 @@
 //! Dials every gateway of every other active cluster, and keeps at it.
 //!
 //! Level-triggered: each view is compared with the registry, whatever happened in between. New peers get tasks that dial
-//! with backoff and jitter ([`super::lane`]); peers that left, moved or were revoked are dropped at once, their links
-//! closed in both directions.
+//! with backoff and jitter ([`super::lane`]); those that moved are dialled at their new address, and keep their links until that
+//! works; peers that left or were revoked are dropped at once, their links closed in both directions.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +12,6 @@ use std::{
 
 use isthmus_model::{global::ClusterState, ids::ClusterName, local::Transport};
 use quinn::Endpoint;
-use tokio::sync::watch;
 
 use super::{
     Close,
@@ -50,7 +49,7 @@ fn reconcile(core: &Arc<Core>, endpoint: &Endpoint) {
     let current = core.registry.addresses();
     let mut touched: BTreeSet<ClusterName> = BTreeSet::new();
     for (key, address) in &current {
-        if wanted.get(key) != Some(address) {
+        let Some(wanted) = wanted.get(key) else {
             let why = if view.is_active(&key.0) { Close::Replaced } else { Close::Revoked };
             tracing::info!(cluster = %key.0, gateway = key.1, why = why.label(), "peer dropped");
             if let Some((steer, tunnels)) = core.registry.remove(key) {
@@ -60,20 +59,23 @@ fn reconcile(core: &Arc<Core>, endpoint: &Endpoint) {
             }
             core.metrics.forget_gateway(&key.0, &key.1);
             touched.insert(key.0.clone());
+            continue;
+        };
+        if wanted != address {
+            tracing::info!(cluster = %key.0, gateway = key.1, from = %address, to = %wanted, "peer has moved");
         }
     }
     for (key, address) in &wanted {
         if current.get(key) != Some(address) {
-            let steer = Steer { cancel: core.stop.child_token(), wake: watch::Sender::default() };
             let over = match core.config.tunnel.transport_to(&key.0) {
                 LinkTransport::Tcp => Transport::Tcp,
                 LinkTransport::Quic | LinkTransport::Auto => Transport::Quic,
             };
-            core.registry.add(key.clone(), (*address, over), steer.clone());
-            let peer =
-                Peer { core: core.clone(), endpoint: endpoint.clone(), key: key.clone(), address: *address, steer };
-            reach(core, peer);
+            let steer = Steer::new(&core.stop);
+            let before = core.registry.add(key.clone(), (*address, over), steer.clone());
             touched.insert(key.0.clone());
+            let (core, endpoint, key, address) = (core.clone(), endpoint.clone(), key.clone(), *address);
+            reach(&Peer { core, endpoint, key, address, steer, before });
         }
     }
     check_links(core, &view);
@@ -106,8 +108,8 @@ fn check_links(core: &Core, view: &View) {
 }
 
 /// Starts the tasks that keep the peer's links, as the configuration wants them.
-fn reach(core: &Arc<Core>, peer: Peer) {
-    let tunnel = &core.config.tunnel;
+fn reach(peer: &Peer) {
+    let tunnel = &peer.core.config.tunnel;
     let quic = (0..tunnel.connections_per_peer).map(|_| Lane::Quic);
     let lanes: Vec<Lane> = match tunnel.transport_to(&peer.key.0) {
         LinkTransport::Quic => quic.collect(),
@@ -115,7 +117,7 @@ fn reach(core: &Arc<Core>, peer: Peer) {
         LinkTransport::Auto => quic.chain([Lane::TcpWithoutQuic]).collect(),
     };
     for lane in lanes {
-        core.tasks.spawn("tunnel.dial", peer.clone().keep(lane));
+        peer.core.tasks.spawn("tunnel.dial", peer.clone().keep(lane));
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -28,6 +28,9 @@ use super::{
     stalled::{Stalled, Windows},
 };
 use crate::{availability::better_of_two, clock, core::Core};
+
+/// For a peer to learn of a link that works here.
+const KNOWN: Duration = Duration::from_secs(1);
 
 /// One gateway of another cluster.
 pub(crate) type PeerKey = (ClusterName, String);
@@ -51,6 +54,8 @@ pub(crate) struct Tunnel {
     pub(crate) stalled: Option<Stalled>,
     since: Instant,
     open: AtomicUsize,
+    /// Streams of the peer's.
+    served: AtomicUsize,
     rtt_us: AtomicU32,
     suspect: AtomicBool,
     goaway: AtomicBool,
@@ -58,6 +63,7 @@ pub(crate) struct Tunnel {
     pub(crate) succeeded: CancellationToken,
     retired: CancellationToken,
     replaced_because: OnceLock<&'static str>,
+    retired_at: OnceLock<Instant>,
     idle: Notify,
     packets: Mutex<Packets>,
 }
@@ -88,12 +94,14 @@ impl Tunnel {
             stalled,
             since: clock::now(),
             open: AtomicUsize::new(0),
+            served: AtomicUsize::new(0),
             rtt_us: AtomicU32::new(rtt),
             suspect: AtomicBool::new(false),
             goaway: AtomicBool::new(false),
             succeeded: CancellationToken::new(),
             retired: CancellationToken::new(),
             replaced_because: OnceLock::new(),
+            retired_at: OnceLock::new(),
             idle: Notify::new(),
             packets: Mutex::default(),
         }
@@ -103,6 +111,12 @@ impl Tunnel {
     pub(crate) fn hold(self: &Arc<Self>) -> Held {
         self.open.fetch_add(1, Ordering::Relaxed);
         Held(self.clone())
+    }
+
+    /// The same for one that the peer has opened.
+    pub(crate) fn serve(self: &Arc<Self>) -> Served {
+        self.served.fetch_add(1, Ordering::Relaxed);
+        Served(self.clone())
     }
 
     /// The smoothed round-trip time.
@@ -126,6 +140,7 @@ impl Tunnel {
 
     /// No new streams here: another link takes its place.
     pub(crate) fn retire(&self) {
+        self.retired_at.get_or_init(clock::now);
         self.retired.cancel();
     }
 
@@ -137,6 +152,11 @@ impl Tunnel {
     /// See above.
     pub(crate) fn replaced_because(&self) -> Option<&'static str> {
         self.replaced_because.get().copied()
+    }
+
+    /// The peer should open its streams elsewhere, too. Not before it knows of the link that takes this one's place.
+    pub(crate) fn is_past(&self) -> bool {
+        self.retired_at.get().is_some_and(|at| clock::since(*at) >= KNOWN)
     }
 
     /// Resolves when another link has taken its place, or it has ended.
@@ -152,7 +172,7 @@ impl Tunnel {
         self.retired.cancelled().await;
         loop {
             let changed = self.idle.notified();
-            if self.open.load(Ordering::Acquire) == 0 {
+            if self.open.load(Ordering::Acquire) == 0 && self.served.load(Ordering::Acquire) == 0 {
                 return;
             }
             changed.await;
@@ -241,6 +261,18 @@ impl Drop for Held {
     }
 }
 
+/// One open stream of a tunnel's peer.
+#[derive(Debug)]
+pub(crate) struct Served(Arc<Tunnel>);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        if self.0.served.fetch_sub(1, Ordering::Release) == 1 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}
+
 /// A tunnel that was tried for a connection.
 #[derive(Debug)]
 pub(crate) struct Tried {
@@ -254,8 +286,17 @@ pub(crate) struct Tried {
 pub(crate) struct Steer {
     /// Give up the peer.
     pub(crate) cancel: CancellationToken,
+    /// Do not dial it there any more; its links live on until others work.
+    pub(crate) moved: CancellationToken,
     /// Moves when there is a sign of life: dial now rather than after the pause.
     pub(crate) wake: watch::Sender<u64>,
+}
+
+impl Steer {
+    /// Until `stop`.
+    pub(crate) fn new(stop: &CancellationToken) -> Self {
+        Self { cancel: stop.child_token(), moved: CancellationToken::new(), wake: watch::Sender::default() }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -367,10 +408,22 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// A peer is to be dialled at `address`, if possible over `transport`.
-    pub(crate) fn add(&self, key: PeerKey, (address, transport): (SocketAddr, Transport), steer: Steer) {
+    /// A peer is to be dialled at `address`, if possible over `transport`, and not where it was before. Returns the tunnels
+    /// that lead there yet.
+    pub(crate) fn add(
+        &self,
+        key: PeerKey,
+        (address, transport): (SocketAddr, Transport),
+        steer: Steer,
+    ) -> Arc<[Weak<Tunnel>]> {
         let dial = Dial { address, steer, tried: false, downgraded: false, transport, error: None };
-        self.lock().entry(key).or_default().dial = Some(dial);
+        let mut peers = self.lock();
+        let peer = peers.entry(key).or_default();
+        if let Some(before) = peer.dial.replace(dial) {
+            before.steer.moved.cancel();
+        }
+        let own = peer.legs.iter().filter(|leg| leg.tunnel.origin != Origin::Accepted);
+        own.map(|leg| Arc::downgrade(&leg.tunnel)).collect()
     }
 
     /// Peers that are dialled, and where.

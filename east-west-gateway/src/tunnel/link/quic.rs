@@ -1,8 +1,9 @@
 //! The QUIC transport: one UDP socket that both dials and accepts, and links over it.
 //!
-//! In: the bound socket (which a successor may come to share), the gateway's identity and the federation's roots. Out: a quinn endpoint whose handshakes are
-//! mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded by configuration. A peer whose
-//! address changes keeps its connections (RFC 9000, 9): quinn's server side follows it after validating the new path.
+//! In: the bound socket (which a successor may come to share), the gateway's identity and the federation's roots. Out: a
+//! quinn endpoint whose handshakes are mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded
+//! by configuration. A peer whose address changes keeps its connections (RFC 9000, 9): quinn's server side follows it after
+//! validating the new path.
 
 use std::{net::SocketAddr, os::fd::AsFd, sync::Arc, time::Duration};
 
@@ -22,11 +23,7 @@ use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
 use rustls::pki_types::CertificateDer;
 use socket2::SockRef;
 
-use super::{
-    Fresh, Link, Path, RecvHalf, SendHalf,
-    redundancy::{Redundancy, Redundant},
-    tolerant::TolerantConfig,
-};
+use super::{Fresh, Link, Path, RecvHalf, SendHalf, tolerant::TolerantConfig};
 use crate::{
     config::{Congestion, TunnelConfig},
     handover::{cids::CidKey, socket::SharedSocket},
@@ -96,14 +93,13 @@ pub(crate) fn gateway_of(federation: &TrustDomain, cluster: &ClusterName) -> Pee
 /// ours.
 pub(crate) fn endpoint(
     socket: Arc<SharedSocket>,
-    redundancy: Arc<Redundancy>,
     config: &TunnelConfig,
     identity: &Identity,
     garbage: Counter,
 ) -> Result<Endpoint, EndpointError> {
     grow_buffers(&*socket, config.socket_buffer_bytes);
     let key = socket.key();
-    endpoint_on(Arc::new(Redundant::new(socket, redundancy)), key, config, identity, garbage)
+    endpoint_on(socket, key, config, identity, garbage)
 }
 
 /// The same on anything that sends and receives datagrams; connection IDs are issued under `key`.
@@ -119,7 +115,7 @@ pub(crate) fn endpoint_on(
     let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
     server.transport_config(Arc::new(transport(config)?));
     // Handshakes that were not looked at yet; the rest is refused.
-    server.max_incoming(config.max_connections);
+    server.max_incoming(config.max_pending_handshakes);
     let mut endpoint = EndpointConfig::default();
     endpoint
         .max_udp_payload_size(config.mtu.max(DEFAULT_PAYLOAD))

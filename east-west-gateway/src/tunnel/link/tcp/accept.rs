@@ -17,13 +17,14 @@ use tokio::{
 
 use super::{
     ALPN, LinkNumber, MAX_PREFACE, TcpLink, prepare,
-    stream::Connection,
+    stream::{Connection, Slot},
     tls::{self, Tls},
 };
 use crate::{
     core::Core,
     handover::shelf::Role,
     ingress::sources::Sources,
+    shares::{Full, Place},
     splice,
     tunnel::{
         VERSION, accept,
@@ -142,12 +143,18 @@ impl Newcomer {
 
     async fn join(self, core: &Arc<Core>) {
         let Self { tls, remote, leaf, cluster, number, purpose } = self;
+        let place = match core.tcp_places.try_acquire(&cluster) {
+            Ok(place) => place,
+            Err(Full::Share) => return core.metrics.reject("tcp_share"),
+            Err(Full::All) => return core.metrics.reject("tcp_full"),
+        };
         if purpose == TcpPurpose::Control {
-            return control(core, tls, (remote, leaf), cluster, number).await;
+            return control(core, (tls, place), (remote, leaf), cluster, number).await;
         }
         // What it may do is asked at each use: its link is closed when its cluster may do nothing more.
         let Some(link) = core.tcp_links.find(&number, &cluster) else { return core.metrics.reject("tcp_no_link") };
         let Ok(slot) = link.slots.clone().try_acquire_owned() else { return core.metrics.reject("tcp_link_full") };
+        let slot = Slot { _link: slot, _peers: Some(place) };
         let connection = Connection::new(tls, link.cut.clone(), slot);
         match purpose {
             TcpPurpose::Stream => link.await_first(connection).await,
@@ -159,7 +166,7 @@ impl Newcomer {
 
 async fn control(
     core: &Arc<Core>,
-    tls: Tls,
+    (tls, peers): (Tls, Place),
     peer: (SocketAddr, CertificateDer<'static>),
     cluster: ClusterName,
     number: LinkNumber,
@@ -172,6 +179,7 @@ async fn control(
         return core.metrics.reject("peer_protocol");
     };
     let Ok(place) = core.peer_slots.clone().try_acquire_owned() else { return core.metrics.reject("peer_overload") };
+    let slot = Slot { _link: slot, _peers: Some(peers) };
     let (send, recv) = Connection::new(tls, link.closed.clone(), slot).halves();
     let control = (SendHalf::Tcp(send), RecvHalf::Tcp(recv));
     accept::member(core, Link::Tcp(link), Some(control), cluster).await;

@@ -17,7 +17,7 @@ use tokio::{net::TcpStream, time};
 
 use super::{
     ALPN, LinkNumber, TcpLink, prepare,
-    stream::Connection,
+    stream::{Connection, Slot},
     tls::{self, Established, Tls},
 };
 use crate::{
@@ -117,6 +117,7 @@ impl Way {
 
 async fn admit(link: &TcpLink, established: Established, purpose: Purpose) -> Result<Connection, TcpError> {
     let slot = link.slots.clone().try_acquire_owned().map_err(|_| TcpError::Full)?;
+    let slot = Slot { _link: slot, _peers: None };
     let purpose = match purpose {
         Purpose::Control => TcpPurpose::Control,
         Purpose::Stream => TcpPurpose::Stream,

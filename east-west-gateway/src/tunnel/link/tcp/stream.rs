@@ -16,7 +16,7 @@ use tokio::{io::Interest, sync::OwnedSemaphorePermit, time};
 use tokio_util::sync::CancellationToken;
 
 use super::tls::Tls;
-use crate::{splice, tunnel::link::Broken};
+use crate::{shares::Place, splice, tunnel::link::Broken};
 
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -28,8 +28,13 @@ struct Inner {
     tls: Mutex<Tls>,
     /// The link that it belongs to has ended.
     link_closed: CancellationToken,
-    /// Its place among the link's connections.
-    _slot: OwnedSemaphorePermit,
+    _slot: Slot,
+}
+
+/// A connection's place among its link's; and among all that peers have open, if a peer has dialled it.
+pub(super) struct Slot {
+    pub(super) _link: OwnedSemaphorePermit,
+    pub(super) _peers: Option<Place>,
 }
 
 impl std::fmt::Debug for Connection {
@@ -39,7 +44,7 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(super) fn new(tls: Tls, link_closed: CancellationToken, slot: OwnedSemaphorePermit) -> Self {
+    pub(super) fn new(tls: Tls, link_closed: CancellationToken, slot: Slot) -> Self {
         Self(Arc::new(Inner { tls: Mutex::new(tls), link_closed, _slot: slot }))
     }
 
