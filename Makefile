@@ -14,7 +14,7 @@ targets = $(foreach file,$(1),--test $(basename $(notdir $(file))))
 E2E_TESTS := $(wildcard e2e/tests/*.rs)
 UNIT_TESTS := $(filter-out $(E2E_TESTS),$(wildcard */tests/*.rs libs/*/tests/*.rs))
 
-.PHONY: help demo test check lint unit e2e bench fuzz fuzz-seeds envoy tools build fmt clean
+.PHONY: help demo test check lint unit e2e e2e-known bench fuzz fuzz-seeds envoy tools build fmt clean
 
 help: ## This list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 18
@@ -38,11 +38,14 @@ lint: ## Formatting and clippy, warnings denied
 	@echo "== clippy"
 	@$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
-e2e: tools envoy build ## End-to-end tests with real processes (WHAT=name for one suite)
-	@[ -z "$(WHAT)" ] || [ -f "e2e/tests/$(WHAT).rs" ] || { echo "There is no end-to-end suite '$(WHAT)'." >&2; \
-	  echo "There are: $(E2E_TESTS:e2e/tests/%.rs=%)" >&2; exit 2; }
+e2e: e2e-known tools envoy build ## End-to-end tests with real processes (WHAT=name for one suite)
 	@echo "== end-to-end tests"
 	@$(CARGO) test --workspace --locked $(if $(WHAT),--test $(WHAT),$(call targets,$(E2E_TESTS))) -- --nocapture --test-threads=1
+
+# First of all: what is mistyped is told before anything is built.
+e2e-known:
+	@[ -z "$(WHAT)" ] || [ -f "e2e/tests/$(WHAT).rs" ] || { echo "There is no end-to-end suite '$(WHAT)'." >&2; \
+	  echo "There are: $(E2E_TESTS:e2e/tests/%.rs=%)" >&2; exit 2; }
 
 fuzz: ## Fuzz the gateway's decoders, TIME=60 seconds each (WHAT=tunnel, hello or availability for one)
 	@deploy/tools/require.sh cc g++
