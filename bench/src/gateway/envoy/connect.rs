@@ -15,6 +15,8 @@ use crate::gateway::{
 
 /// A connection's streams; beyond them Envoy opens another connection.
 const STREAMS: u32 = 1_024;
+/// Of each UDP socket, each way, as our gateways ask for; the system's default (208 KiB) overflows at these rates.
+const SOCKET_BUFFER: u32 = 4 << 20;
 /// The largest packet that QUICHE sends, and ours too.
 const PACKET: u32 = 1_452;
 
@@ -67,6 +69,9 @@ fn tunnel_client(site: &Site<'_>) -> anyhow::Result<Value> {
             "transport_socket": socket,
         }),
     );
+    if site.system == System::EnvoyH3 {
+        merge(&mut cluster, json!({ "upstream_bind_config": { "socket_options": socket_buffers() } }));
+    }
     Ok(cluster)
 }
 
@@ -96,7 +101,8 @@ fn tunnel_server(site: &Site<'_>) -> anyhow::Result<Value> {
                 "codec_type": "HTTP3",
                 "http3_protocol_options": { "allow_extended_connect": true, "quic_protocol_options": quic() },
             });
-            (json!({ "address": at, "udp_listener_config": udp }), socket, http)
+            let listener = json!({ "address": at, "udp_listener_config": udp, "socket_options": socket_buffers() });
+            (listener, socket, http)
         }
         _ => {
             let socket = json!({ "name": "envoy.transport_sockets.tls", "typed_config": tls });
@@ -146,6 +152,16 @@ fn route() -> Value {
 
 fn quic() -> Value {
     json!({ "max_concurrent_streams": STREAMS, "max_packet_length": PACKET })
+}
+
+/// SO_RCVBUF and SO_SNDBUF (Linux numbers).
+fn socket_buffers() -> Value {
+    const SOL_SOCKET: u32 = 1;
+    const SO_SNDBUF: u32 = 7;
+    const SO_RCVBUF: u32 = 8;
+    let option =
+        |name: u32| json!({ "level": SOL_SOCKET, "name": name, "int_value": SOCKET_BUFFER, "state": "STATE_PREBIND" });
+    json!([option(SO_RCVBUF), option(SO_SNDBUF)])
 }
 
 /// What `own` shows and whom it wants to see.
