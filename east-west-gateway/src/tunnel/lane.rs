@@ -213,7 +213,10 @@ impl Peer {
         }
         core.registry.down(&tunnel);
         core.links_changed(&self.key.0);
-        tunnel.link.close(Close::Drained);
+        // One that the peer has ended in good order has a while for what is on its way.
+        if tunnel.link.why_closed().is_none() {
+            tunnel.link.close(Close::Drained);
+        }
         let why = tunnel.link.why_closed().unwrap_or_default();
         tracing::info!(cluster = %self.key.0, gateway = self.key.1, why, "tunnel down");
         over.cancel();

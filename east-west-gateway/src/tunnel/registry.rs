@@ -18,7 +18,10 @@ use isthmus_model::{
     local::{Transport, TunnelState},
 };
 use serde::Serialize;
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -29,7 +32,7 @@ use super::{
 };
 use crate::{availability::better_of_two, clock, core::Core};
 
-/// For a peer to learn of a link that works here.
+/// For a peer to learn of what is so here: a link that works, the end of a stream.
 const KNOWN: Duration = Duration::from_secs(1);
 
 /// One gateway of another cluster.
@@ -158,10 +161,15 @@ impl Tunnel {
     /// Resolves when it is retired and carries nothing more.
     pub(crate) async fn spent(&self) {
         self.retired.cancelled().await;
+        let idle = || self.open.load(Ordering::Acquire) == 0 && self.served.load(Ordering::Acquire) == 0;
         loop {
             let changed = self.idle.notified();
-            if self.open.load(Ordering::Acquire) == 0 && self.served.load(Ordering::Acquire) == 0 {
-                return;
+            if idle() {
+                // The last stream's end may be on its way yet.
+                time::sleep(KNOWN).await;
+                if idle() {
+                    return;
+                }
             }
             changed.await;
         }
