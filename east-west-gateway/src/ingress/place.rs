@@ -30,8 +30,9 @@ use crate::{
 /// What the far gateway's answer needs on top of the round trip.
 const MARGIN: Duration = Duration::from_millis(50);
 
-/// Outcomes that tell of the service at a cluster rather than of the way there.
-const WANTING: [&str; 4] = ["rejected_connect_failed", "rejected_timeout", "rejected_no_endpoint", "silent"];
+/// Outcomes that tell of the service at a cluster rather than of the way there: what the far gateway has said. Silence may
+/// be the way's.
+const WANTING: [&str; 3] = ["rejected_connect_failed", "rejected_timeout", "rejected_no_endpoint"];
 
 /// Why a connection could not be placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -244,3 +244,26 @@ async fn slow_readers_stall_nobody_else(over: LinkTransport) {
     assert!(tunnels.iter().all(|t| t.up), "{tunnels:?}");
     assert_eq!(gateways[0].core().await.metrics.rejected("peer_dead"), 0);
 }
+
+#[tokio::test]
+async fn a_way_that_swallows_everything_is_not_held_against_the_service() {
+    let west = Server::bind().await.echo(b"west");
+    let patient = |config: &mut crate::Config| {
+        (config.tunnel.dead_after, config.tunnel.idle_timeout) = (Duration::from_secs(60), Duration::from_secs(120));
+    };
+    let gateways = [Gateway::start_with("east", patient).await, Gateway::start_with("west", patient).await];
+    let mut global = introduce(&gateways, &[("east", &[]), ("west", &[west])]);
+    let relay = Relay::before(gateways[1].tunnel).await;
+    global.clusters.get_mut(&cluster("east")).unwrap().gateways[0].tunnel = None;
+    global.clusters.get_mut(&cluster("west")).unwrap().gateways[0].tunnel = Some(relay.address);
+    gateways[1].set_endpoints(&[west]);
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    gateways[0].sees_ready("west").await;
+    relay.block_udp(true);
+    let name = sni(None);
+    let clients = futures_util::future::join_all((0..4).map(|_| knock(gateways[0].auto, &name))).await;
+    let core = gateways[0].core().await;
+    until("all attempts are given up", || core.metrics.attempted(&cluster("west"), "silent") == 4).await;
+    assert_eq!(core.metrics.rejected("service_out"), 0);
+    drop(clients);
+}
