@@ -198,7 +198,11 @@ async fn a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carr
     let west_core = gateways[1].core().await;
     let draining = || west_core.registry.infos().iter().any(|t| t.links == 2 && !t.draining);
     until("west knows both links", draining).await;
-    exchange(&mut inward, &mut inward_served, b"until it ends").await;
+    // For longer than an idle one is kept.
+    let since = std::time::Instant::now();
+    while since.elapsed() < Duration::from_millis(1_500) {
+        exchange(&mut inward, &mut inward_served, b"until it ends").await;
+    }
     assert!(links().iter().any(|id| before.contains(id)), "it carries the other way");
     drop((inward, inward_served));
     until("the old link is given up", || links().iter().all(|id| !before.contains(id))).await;
