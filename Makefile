@@ -39,6 +39,8 @@ lint: ## Formatting and clippy, warnings denied
 	@$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
 
 e2e: tools envoy build ## End-to-end tests with real processes (WHAT=name for one suite)
+	@[ -z "$(WHAT)" ] || [ -f "e2e/tests/$(WHAT).rs" ] || { echo "There is no end-to-end suite '$(WHAT)'." >&2; \
+	  echo "There are: $(E2E_TESTS:e2e/tests/%.rs=%)" >&2; exit 2; }
 	@echo "== end-to-end tests"
 	@$(CARGO) test --workspace --locked $(if $(WHAT),--test $(WHAT),$(call targets,$(E2E_TESTS))) -- --nocapture --test-threads=1
 

@@ -15,6 +15,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+/// Commands of our own processes. No mistyped word is near enough to one that clap would suggest it.
+const INTERNAL_NODE: &str = "internal-part-node";
+const INTERNAL_CLIENT: &str = "internal-part-client";
+const INTERNAL_SERVER: &str = "internal-part-server";
+
 /// Benchmarks of Isthmus against its rivals.
 #[derive(Debug, Parser)]
 #[command(version, after_help = "Examples:\n  isthmus-bench gateway --quick\n  isthmus-bench failover")]
@@ -28,13 +33,13 @@ enum Args {
     /// Puts the last results into docs/benchmarks.md, with plots.
     Report(report::page::Args),
     /// One gateway, for the benchmarks' own use.
-    #[command(hide = true)]
+    #[command(hide = true, name = INTERNAL_NODE)]
     Node(node::Args),
     /// The load's client, for the benchmarks' own use.
-    #[command(hide = true)]
+    #[command(hide = true, name = INTERNAL_CLIENT)]
     Client(load::client::Args),
     /// The load's server, for the benchmarks' own use.
-    #[command(hide = true)]
+    #[command(hide = true, name = INTERNAL_SERVER)]
     Server(load::server::Args),
 }
 
@@ -61,5 +66,30 @@ async fn run(args: Args) -> anyhow::Result<()> {
         // These use no runtime: epoll loops on threads of their own.
         Args::Client(args) => load::client::run(&args),
         Args::Server(args) => load::server::run(&args),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(arguments: &[&str]) -> String {
+        Args::try_parse_from([&["isthmus-bench"], arguments].concat()).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn numbers_that_measure_nothing_are_refused() {
+        for bad in [["failover", "--rounds", "0"], ["gateway", "--rounds", "0"], ["gateway", "--threads", "0"]] {
+            assert!(refused(&bad).contains("0 is not in 1..="), "{bad:?}: {}", refused(&bad));
+        }
+        assert!(refused(&["failover", "--rounds", "21"]).contains("1..=20"));
+    }
+
+    #[test]
+    fn a_mistyped_command_does_not_lead_to_one_of_our_own() {
+        for word in ["nope", "nod", "node", "clinet", "serve"] {
+            assert!(!refused(&[word]).contains("internal"), "{}", refused(&[word]));
+        }
+        assert!(refused(&["failovr"]).contains("'failover'"));
     }
 }

@@ -15,10 +15,10 @@ use crate::shapes::Stamp;
     about,
     max_term_width = 110,
     after_help = "Examples:\n  \
-        isthmusctl status                                   clusters, consumers, applied revisions, problems\n  \
-        isthmusctl cluster join-token us-east               a token for a new cluster's agent\n  \
-        isthmusctl explain shop/cart --from us-east         where cart's traffic goes, and why\n  \
-        isthmusctl wait --timeout 30s                       until everyone has the latest revision\n\n\
+        isthmusctl status                             clusters, gateways, problems\n  \
+        isthmusctl cluster join-token us-east         a token for a new cluster\n  \
+        isthmusctl explain shop/cart --from us-east   where its traffic goes, and why\n  \
+        isthmusctl wait --timeout 30s                 until everyone has the latest\n\n\
         The context file says which control plane to talk to, and as whom. The control plane writes one on its first \
         start: <stateDir>/admin/context.yaml."
 )]
@@ -220,6 +220,10 @@ mod tests {
                 let help = command.clone().render_help().to_string();
                 assert!(help.contains("Example"), "{}", command.get_name());
             }
+            // Indented lines are there to be copied: none may be wrapped.
+            let examples = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let wide = examples.lines().find(|line| line.starts_with("  ") && line.len() >= 80);
+            assert_eq!(wide, None, "{}", command.get_name());
             command.get_subcommands().for_each(check);
         }
         check(&Cli::command());

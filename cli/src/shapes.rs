@@ -53,6 +53,8 @@ pub(crate) struct Tunnel {
     pub(crate) loss_ppm: u32,
     #[serde(default)]
     pub(crate) cwnd_bytes: u64,
+    #[serde(default)]
+    pub(crate) dial_error: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]

@@ -116,6 +116,7 @@ impl Validate for Config {
         if lifetime < Duration::from_secs(60) || lifetime > 30 * day() {
             problems.add("workloadCertificateLifetime", "use 1m to 30days");
         }
+        problems.within("telemetry", &self.telemetry);
         if self.manifests.starts_with(&self.state_dir) {
             problems.add("manifests", "lies inside stateDir, which belongs to the agent; use a folder of its own");
         }

@@ -5,7 +5,7 @@
 //! for map updates only, never across an await.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -272,7 +272,9 @@ impl Drop for Attached {
 }
 
 fn bounded(problems: Vec<String>) -> Vec<String> {
-    problems.into_iter().take(limits::CONSUMER_PROBLEMS).map(cut).collect()
+    // The same words twice tell nobody more.
+    let mut known = BTreeSet::new();
+    problems.into_iter().map(cut).filter(|text| known.insert(text.clone())).take(limits::CONSUMER_PROBLEMS).collect()
 }
 
 fn same_but_for_measures(a: &[TunnelState], b: &[TunnelState]) -> bool {
@@ -315,6 +317,14 @@ mod tests {
     }
 
     #[test]
+    fn the_same_words_of_one_consumer_are_kept_once() {
+        let board = StatusBoard::new();
+        let gateway = board.attach(ConsumerKind::Gateway, "gateway-1", 1);
+        gateway.problems(["port taken", "no such cluster", "port taken"].map(str::to_owned).to_vec());
+        assert_eq!(board.standing().consumers[0].problems, ["port taken", "no such cluster"]);
+    }
+
+    #[test]
     fn an_area_replaces_only_its_own_problems_and_stays_bounded() {
         let board = StatusBoard::new();
         board.set_problems(Area::Manifests, vec![problem("a.yaml:3", "bad")]);
@@ -329,7 +339,7 @@ mod tests {
     fn a_consumers_problems_are_replaced_whole_and_stay_bounded() {
         let board = StatusBoard::new();
         let stream = board.attach(ConsumerKind::Gateway, "gateway-1", 1);
-        stream.problems(vec!["a port is taken".to_owned(); 500]);
+        stream.problems((0..500).map(|port| format!("port {port} is taken")).collect());
         assert_eq!(gateway(&board).problems.len(), limits::CONSUMER_PROBLEMS);
         stream.problems(Vec::new());
         assert!(gateway(&board).problems.is_empty());
@@ -375,6 +385,7 @@ mod tests {
             downgraded: false,
             loss_ppm,
             cwnd_bytes: 0,
+            dial_error: String::new(),
         };
         let board = StatusBoard::new();
         let stream = board.attach(ConsumerKind::Gateway, "gateway-2", 1);

@@ -55,6 +55,7 @@ impl Validate for Config {
         if self.state_dir.as_os_str().is_empty() {
             problems.add("stateDir", "name a folder that this server may write to");
         }
+        problems.within("telemetry", &self.telemetry);
         if self.upstreams.len() > MAX_UPSTREAMS {
             problems.add("upstreams", format!("at most {MAX_UPSTREAMS} resolvers"));
         }

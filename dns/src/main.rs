@@ -19,7 +19,8 @@ use isthmus_runtime::{config, telemetry};
         Configuration:\n  \
         name: dns-1\n  \
         stateDir: /var/lib/isthmus-dns\n  \
-        agentTokenFile: /run/isthmus/dns.token     # isthmus-agent token dns dns-1 --config agent.yaml\n  \
+        # isthmus-agent token --config agent.yaml dns dns-1\n  \
+        agentTokenFile: /run/isthmus/dns.token\n  \
         listen: { dns: 127.1.1.2:5353, health: 127.1.1.2:9153 }\n  \
         upstreams: [192.0.2.1:53]                  # for other names; none: they are refused\n\n\
         Ask it:\n  \

@@ -1,9 +1,11 @@
-//! Gateways under torture: ten thousand connections with every kind of end, compared byte for byte at both ends, and a
-//! soak with flat memory and files. Real processes; loopback only; every address is the system's choice.
+//! Gateways under torture: ten thousand connections with every kind of end, compared byte for byte at both ends, a soak
+//! with flat memory and files, and upgrades of the real program under load. Real processes; loopback only.
 //!
 //! `ISTHMUS_SEED=N` repeats a run's stories; `ISTHMUS_CONNECTIONS=N` and `SOAK=10m` change how much and how long.
 #![allow(clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unwrap_used, reason = "test code")]
 
+#[path = "gateway/agent.rs"]
+mod agent;
 #[path = "gateway/carry.rs"]
 mod carry;
 #[path = "gateway/load.rs"]
@@ -14,6 +16,10 @@ mod plan;
 mod rig;
 #[path = "gateway/soak.rs"]
 mod soak;
+#[path = "gateway/traffic.rs"]
+mod traffic;
+#[path = "gateway/upgrade.rs"]
+mod upgrade;
 
 use std::{
     collections::BTreeMap,
@@ -65,7 +71,7 @@ async fn torture(transport: Transport) {
     let seed = from_env("ISTHMUS_SEED").unwrap_or_else(isthmus_runtime::now);
     let connections = from_env("ISTHMUS_CONNECTIONS").unwrap_or(10_000);
     println!("{}: {connections} connections, {AT_ONCE} at once; ISTHMUS_SEED={seed} repeats them", transport.word());
-    let load = Load::serve().await;
+    let load = Load::serve(None).await;
     let dir = repository().join(format!("target/e2e/gateway-{}", transport.word()));
     let world = World::start(&dir, transport, &["gateway-1"], &load.endpoints).await;
     let auto = world.east().at.auto;
@@ -90,9 +96,9 @@ async fn torture(transport: Transport) {
             Ok((client, server)) => {
                 bytes += client.received + server.received;
                 *ends.entry(format!("client {:?}, server {:?}", client.end, server.end)).or_default() += 1;
-                judge(&plan, client, server, false)
+                judge(&plan, client, server, None)
             }
-            Err(fault) => vec![fault.clone()],
+            Err(fault) => vec![fault.to_string()],
         };
         if !faults.is_empty() {
             wrong.push(format!("{}\n  plan {plan:?}\n  saw {outcome:?}", faults.join("; ")));
@@ -117,7 +123,7 @@ async fn soak(transport: Transport) {
         humantime::parse_duration(&text).unwrap_or_else(|e| panic!("SOAK={text}: {e}; write 10m or 90s"))
     });
     println!("{}: soak for {lasting:?}; ISTHMUS_SEED={seed} repeats its stories", transport.word());
-    let load = Load::serve().await;
+    let load = Load::serve(None).await;
     let dir = repository().join(format!("target/e2e/soak-{}", transport.word()));
     let world = World::start(&dir, transport, &["gateway-1", "gateway-2"], &load.endpoints).await;
     soak::run(world, load, seed, lasting).await;

@@ -93,7 +93,7 @@ pub(crate) struct Access {
 }
 
 impl Access {
-    /// A connection from `source`, which goes to `destination` unless said otherwise.
+    /// A connection from `source`, which goes to `destination` unless it is tried elsewhere.
     pub(crate) fn new(direction: Direction, source: ClusterName, destination: ClusterName, began: Instant) -> Self {
         let span = tracing::info_span!(
             "connection",
@@ -158,9 +158,10 @@ impl Access {
         format!("00-{}-{}-{:02x}", span.trace_id(), span.span_id(), span.trace_flags().to_u8())
     }
 
-    /// One attempt ended so.
+    /// One attempt ended so. What goes nowhere was to go where it was tried last.
     pub(crate) fn tried(&mut self, attempt: Attempt) {
         self.outcome = attempt.outcome;
+        self.destination = attempt.cluster.clone();
         self.tried.push(attempt);
     }
 

@@ -3,6 +3,10 @@
 //! In: what `isthmus_runtime::config::load` reads. What holds after validation: limits are non-zero, deadlines are
 //! ordered, ports do not overlap. Errors name the field and say what is allowed.
 
+mod checks;
+#[cfg(test)]
+mod reference;
+
 use std::{
     collections::BTreeMap,
     net::{IpAddr, SocketAddr},
@@ -110,6 +114,8 @@ pub struct TunnelConfig {
     pub stream_window_bytes: u32,
     /// Unread bytes that all streams of one connection may hold.
     pub connection_window_bytes: u32,
+    /// Unread bytes that slow readers of all connections may hold beyond that, before the slowest is given up.
+    pub slow_reader_bytes: u64,
     /// Asked of the system for the UDP socket, each way.
     pub socket_buffer_bytes: usize,
     /// QUIC's congestion controller.
@@ -219,6 +225,7 @@ impl Default for TunnelConfig {
             max_pending_handshakes_per_source: 256,
             stream_window_bytes: 4 << 20,
             connection_window_bytes: 128 << 20,
+            slow_reader_bytes: 1 << 30,
             socket_buffer_bytes: 4 << 20,
             congestion: Congestion::default(),
             redundancy: true,
@@ -371,6 +378,16 @@ pub struct AccessLogConfig {
 }
 
 impl Config {
+    /// Files that are open when all limits on connections are reached: a carried connection has one at each end, where the
+    /// far end may be a link over TCP.
+    pub(crate) fn open_files(&self) -> u64 {
+        let tcp = self.tunnel.transport != LinkTransport::Quic
+            || self.tunnel.links.values().any(|over| *over != LinkTransport::Quic);
+        let ends = if tcp { 2 } else { 1 };
+        let carried = (self.ingress.max_connections + self.egress.max_streams) * ends;
+        u64::try_from(carried + self.tunnel.tcp.max_pending_handshakes).unwrap_or(u64::MAX)
+    }
+
     /// The address that peers dial, given the one that was bound; `None`: they cannot.
     pub(crate) fn advertised(&self, bound: SocketAddr) -> Option<SocketAddr> {
         (!self.dial_only).then(|| self.advertise.unwrap_or(bound))
@@ -494,6 +511,7 @@ impl Validate for Config {
             check(deadline >= self.drain.accept_for, field, "must not be shorter than drain.acceptFor".to_owned());
         }
         check(self.access_log.sample_percent <= 100, "accessLog.samplePercent", "use 0 to 100".to_owned());
+        checks::check(self, problems);
     }
 }
 
@@ -501,7 +519,7 @@ impl Validate for Config {
 mod tests {
     use super::*;
 
-    const MINIMAL: &str = "
+    pub(super) const MINIMAL: &str = "
 name: gateway-1
 stateDir: /var/lib/isthmus/gateway-1
 listen:
@@ -512,7 +530,7 @@ listen:
   health: 127.1.1.11:15080
 ";
 
-    fn load(text: &str) -> Result<Config, String> {
+    pub(super) fn load(text: &str) -> Result<Config, String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("gateway.yaml");
         std::fs::write(&path, text).unwrap();

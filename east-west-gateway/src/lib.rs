@@ -11,11 +11,13 @@
 
 mod access;
 mod availability;
+mod beginning;
 mod choose;
 mod clock;
 pub mod config;
 mod core;
 mod debug;
+mod drain;
 mod egress;
 mod feed;
 mod frame;
@@ -40,11 +42,12 @@ mod tunnel;
 mod view;
 
 pub use crate::{
+    beginning::BuildError,
     config::Config,
     debug::Inspector,
     feed::{Feed, Given},
-    handover::successor::TakeOverError,
-    serve::{Bound, BuildError, RunError, build, take_over},
+    handover::{lock::LockError, successor::TakeOverError},
+    serve::{Bound, RunError, build, take_over},
     tunnel::registry::TunnelInfo,
     view::View,
 };

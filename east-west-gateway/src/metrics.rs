@@ -53,6 +53,19 @@ struct GatewayLabels {
     gateway: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DialLabels {
+    cluster: String,
+    gateway: String,
+    transport: &'static str,
+}
+
+impl DialLabels {
+    fn of(cluster: &ClusterName, gateway: &str, transport: &'static str) -> Self {
+        Self { cluster: cluster.to_string(), gateway: gateway.to_owned(), transport }
+    }
+}
+
 /// Which way a connection is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
@@ -87,6 +100,7 @@ pub(crate) struct Metrics {
     first_byte: DynHistogram,
     downgraded: Family<ClusterLabel, Gauge>,
     downgrades: Family<ClusterLabel, Counter>,
+    dial_failures: Family<DialLabels, Counter>,
     path_packets: Family<GatewayLabels, Counter>,
     path_lost: Family<GatewayLabels, Counter>,
     path_window: Family<GatewayLabels, Gauge>,
@@ -124,6 +138,7 @@ impl Metrics {
             first_byte: Family::new_with_constructor(first_byte_histogram),
             downgraded: Family::default(),
             downgrades: Family::default(),
+            dial_failures: Family::default(),
             path_packets: Family::default(),
             path_lost: Family::default(),
             path_window: Family::default(),
@@ -151,6 +166,11 @@ impl Metrics {
             m.downgraded,
         );
         registry.register("isthmus_gateway_link_downgrades", "Changes from QUIC to TCP so far", m.downgrades);
+        registry.register(
+            "isthmus_gateway_dial_failures",
+            "Attempts to reach a peer gateway that failed",
+            m.dial_failures,
+        );
         registry.register("isthmus_gateway_path_packets", "QUIC packets sent to a peer gateway", m.path_packets);
         registry.register("isthmus_gateway_path_packets_lost", "Of these, found lost", m.path_lost);
         registry.register(
@@ -225,6 +245,13 @@ impl Metrics {
         StreamGuard { gauge, carried_now: self.carried_now.clone() }
     }
 
+    /// How many have been carried so far, both ways, those that still are included.
+    pub(crate) fn carried_so_far(&self) -> u64 {
+        let of =
+            |direction: Direction| self.streams.get_or_create(&DirectionLabel { direction: direction.label() }).get();
+        of(Direction::Ingress) + of(Direction::Egress)
+    }
+
     /// How many are carried now, both ways.
     pub(crate) fn carried_now(&self) -> usize {
         self.carried_now.load(Ordering::Relaxed)
@@ -288,8 +315,22 @@ impl Metrics {
         self.path_window.get_or_create(&labels).set(window);
     }
 
+    /// An attempt to reach a peer over `transport` failed.
+    pub(crate) fn dial_failed(&self, cluster: &ClusterName, gateway: &str, transport: &'static str) {
+        self.dial_failures.get_or_create(&DialLabels::of(cluster, gateway, transport)).inc();
+    }
+
+    /// How often.
+    #[cfg(test)]
+    pub(crate) fn dials_failed(&self, cluster: &ClusterName, gateway: &str, transport: &'static str) -> u64 {
+        self.dial_failures.get_or_create(&DialLabels::of(cluster, gateway, transport)).get()
+    }
+
     /// A gateway is no peer any more.
     pub(crate) fn forget_gateway(&self, cluster: &ClusterName, gateway: &str) {
+        for transport in ["quic", "tcp"] {
+            self.dial_failures.remove(&DialLabels::of(cluster, gateway, transport));
+        }
         let labels = GatewayLabels { cluster: cluster.to_string(), gateway: gateway.to_owned() };
         self.path_packets.remove(&labels);
         self.path_lost.remove(&labels);

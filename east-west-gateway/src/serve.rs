@@ -3,8 +3,7 @@
 //! Sockets are bound first, or taken over from a running gateway, so that a taken port is an error at once; health is
 //! served before the gateway is enrolled. A gateway that takes over prepares everything and then waits for its
 //! predecessor's word ([`crate::handover`]).
-//! Drain: unready, agent and peers told; after a while no new connection; running ones finish until the deadline; then
-//! all is reset. When a successor serves, the same without a word to the agent, and with more time.
+//! It ends with a [drain](crate::drain).
 
 use std::{
     future::Future,
@@ -19,21 +18,26 @@ use isthmus_runtime::{
     BoxError,
     health::{self, Gate, HealthError, HealthListener, Readiness, Registry},
     net::{self, BindError},
-    tasks::{Shutdown, TaskError, Tasks},
+    open_files,
+    tasks::{TaskError, Tasks},
 };
 use tokio::{net::TcpListener, sync::watch, time};
 
 use crate::{
+    beginning::{Beginning, BuildError},
     config::Config,
     core::{Core, Parts},
     debug::{self, Inspector},
+    drain::drain,
     feed::{Agent, Feed, Given},
     handover::{
-        self, predecessor,
+        self,
+        lock::StateLock,
+        predecessor,
         shelf::{Role, Shelf},
         socket::SharedSocket,
         steps::Steps,
-        successor::{Successor, TakeOverError},
+        successor::Successor,
     },
     ingress,
     metrics::Metrics,
@@ -43,7 +47,6 @@ use crate::{
         accept,
         link::{
             quic::{self, Identity},
-            redundancy::Redundancy,
             tcp,
         },
         peers,
@@ -58,23 +61,6 @@ const MARGIN: Duration = Duration::from_secs(3);
 /// For a successor to reach each of its peers before it takes over; those that do not answer must not hold it up.
 const REACH_PEERS: Duration = Duration::from_secs(5);
 const REACH_CHECK: Duration = Duration::from_millis(20);
-
-/// Why a gateway did not start.
-#[derive(Debug, thiserror::Error)]
-pub enum BuildError {
-    /// An address cannot be bound.
-    #[error(transparent)]
-    Bind(#[from] BindError),
-    /// The health server's address cannot be bound.
-    #[error(transparent)]
-    Health(#[from] HealthError),
-    /// A bound socket does not tell its address.
-    #[error("read a bound socket's address")]
-    Address(#[source] std::io::Error),
-    /// A gateway runs and could not be taken over.
-    #[error("take over from the running gateway")]
-    TakeOver(#[from] TakeOverError),
-}
 
 /// Why a gateway stopped other than by request.
 #[derive(Debug, thiserror::Error)]
@@ -94,33 +80,61 @@ pub struct Bound {
     health: HealthListener,
     inspector: Inspector,
     successor: Option<Successor>,
+    /// There is none for a gateway that was given its feed and has no state folder.
+    lock: Option<StateLock>,
 }
 
 /// Binds everything that has a fixed address. Pinned ports come and go with the clusters.
 pub async fn build(config: Config, feed: Feed) -> Result<Bound, BuildError> {
-    bind(config, feed, None).await
+    bind(config, feed, Beginning::Afresh).await
 }
 
 /// The same beside a gateway that runs with the same configuration: it gives its sockets, and goes on serving until
 /// [`Bound::run`] is ready to. Without one, this is [`build`].
 pub async fn take_over(config: Config, feed: Feed) -> Result<Bound, BuildError> {
-    let successor = Successor::ask(&config).await?;
-    bind(config, feed, successor).await
+    let beginning =
+        Successor::ask(&config).await?.map_or(Beginning::NobodyThere, |s| Beginning::Succeeding(Box::new(s)));
+    bind(config, feed, beginning).await
 }
 
-async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> Result<Bound, BuildError> {
-    let given = successor.as_ref().map(|s| s.given.clone()).unwrap_or_default();
-    let health = match given.tcp(&Role::Health, config.listen.health) {
-        Some(listener) => health::adopt(listener)?,
-        None => health::bind(config.listen.health).await?,
+async fn bind(config: Config, feed: Feed, mut beginning: Beginning) -> Result<Bound, BuildError> {
+    // First of all: it keeps a second gateway off identity and sockets.
+    let lock = beginning.lock(&config, &feed)?;
+    let given = match &beginning {
+        Beginning::Succeeding(successor) => successor.given.clone(),
+        Beginning::Afresh | Beginning::NobodyThere => Arc::default(),
     };
+    let health = match given.tcp(&Role::Health, config.listen.health) {
+        Some(listener) => health::adopt(listener),
+        None => health::bind(config.listen.health).await,
+    };
+    let health = health.map_err(|error| match error {
+        HealthError::Bind(error) => beginning.explain(&config, error),
+        error @ HealthError::Address(_) => BuildError::Health(error),
+    })?;
     let given_tunnel = given.udp(&Role::Tunnel, config.listen.tunnel);
-    successor.iter_mut().for_each(|s| s.shares_tunnel = given_tunnel.is_some());
-    let (tunnel, tunnel_tcp) = bind_tunnel(config.listen.tunnel, given_tunnel, &given).await?;
+    if let Beginning::Succeeding(successor) = &mut beginning {
+        successor.shares_tunnel = given_tunnel.is_some();
+    }
+    let bound = bind_tunnel(config.listen.tunnel, given_tunnel, &given).await;
+    let (tunnel, tunnel_tcp) = bound.map_err(|error| match error {
+        BuildError::Bind(error) => beginning.explain(&config, error),
+        error => error,
+    })?;
     let auto = SocketAddr::new(config.listen.local, config.listen.auto_port);
     let auto = match given.tcp(&Role::Auto, auto) {
         Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
-        None => net::bind_tcp(auto, "listen.autoPort").await?,
+        None => net::bind_tcp(auto, "listen.autoPort").await.map_err(|error| match error {
+            // The port is not what is wrong.
+            BindError::NotOnThisMachine { addr, .. } => {
+                BuildError::Bind(BindError::NotOnThisMachine { field: "listen.local".to_owned(), addr })
+            }
+            error => beginning.explain(&config, error),
+        })?,
+    };
+    let successor = match beginning {
+        Beginning::Succeeding(successor) => Some(*successor),
+        Beginning::Afresh | Beginning::NobodyThere => None,
     };
     Ok(Bound {
         tunnel_addr: tunnel.local_addr().map_err(BuildError::Address)?,
@@ -133,6 +147,7 @@ async fn bind(config: Config, feed: Feed, mut successor: Option<Successor>) -> R
         health,
         inspector: Inspector::default(),
         successor,
+        lock,
     })
 }
 
@@ -152,14 +167,14 @@ async fn bind_tunnel(
     loop {
         let tcp = match given_tcp.take() {
             Some(listener) => TcpListener::from_std(listener).map_err(BuildError::Address)?,
-            None => net::bind_tcp(address, "listen.tunnel").await?,
+            None => net::bind_tcp(address, "listen.tunnel").await.map_err(BuildError::Bind)?,
         };
         let same = tcp.local_addr().map_err(BuildError::Address)?;
         match given_udp.take().map_or_else(|| net::bind_udp(same, "listen.tunnel"), Ok) {
             Ok(udp) => return Ok((udp, tcp)),
             // A port that the system chose for one may be taken for the other.
             Err(_) if address.port() == 0 && tries < 10 => tries += 1,
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(BuildError::Bind(error)),
         }
     }
 }
@@ -187,6 +202,15 @@ impl Bound {
 
     /// Serves until SIGTERM or SIGINT, then drains.
     pub async fn run_until_signal(self) -> Result<(), RunError> {
+        let needed = self.config.open_files();
+        if let Some(limit) = open_files::limit().filter(|limit| *limit < needed) {
+            tracing::warn!(
+                limit,
+                needed,
+                "the limit of open files is below what ingress.maxConnections and egress.maxStreams allow: raise it \
+                 (ulimit -n, LimitNOFILE), or lower those"
+            );
+        }
         let grace = self.grace();
         Ok(self.start().run(grace).await?)
     }
@@ -229,6 +253,7 @@ impl Bound {
             steps,
             shelf,
             successor: self.successor,
+            lock: self.lock,
         };
         tasks.critical("gateway", starting.serve(self.feed));
         tasks
@@ -281,11 +306,14 @@ struct Starting {
     steps: Steps,
     shelf: Shelf,
     successor: Option<Successor>,
+    lock: Option<StateLock>,
 }
 
 impl Starting {
     async fn serve(self, feed: Feed) -> Result<(), BoxError> {
         let shutdown = self.tasks.shutdown();
+        // Until this gateway has ended, also while a successor serves that holds it, too.
+        let _lock = self.lock.as_ref().map(|lock| self.shelf.put(Role::Lock, lock)).transpose()?;
         let (given, agent) = match feed {
             Feed::Given(given) => (given, None),
             Feed::Agent => {
@@ -310,8 +338,7 @@ impl Starting {
             Some(successor) => successor.tunnel(self.tunnel, lost)?,
             None => SharedSocket::alone(self.tunnel, lost)?,
         };
-        let redundancy = Arc::new(Redundancy::default());
-        let endpoint = quic::endpoint(tunnel.clone(), redundancy.clone(), &self.config.tunnel, &identity, garbage)?;
+        let endpoint = quic::endpoint(tunnel.clone(), &self.config.tunnel, &identity, garbage)?;
         self.metrics.svid_expiry(identity.source.current().not_after().0);
         let core = Arc::new(Core::new(Parts {
             config: self.config.clone(),
@@ -322,7 +349,7 @@ impl Starting {
             tasks: self.tasks.clone(),
             steps: self.steps,
             shelf: self.shelf,
-            redundancy,
+            redundancy: tunnel.redundancy(),
         }));
         if let Some(agent) = &agent {
             core.observed.recall(agent.past(&core.metrics));
@@ -440,7 +467,9 @@ async fn prepared(core: &Core) {
         }
     };
     if time::timeout(REACH_PEERS, reached).await.is_err() {
-        tracing::warn!("not all peers answer; taking over all the same");
+        let peers: Vec<String> =
+            core.registry.untried().into_iter().map(|(cluster, gateway)| format!("{cluster}/{gateway}")).collect();
+        tracing::warn!(peers = peers.join(", "), waited = ?REACH_PEERS, "not all peers answer; taking over all the same");
     }
 }
 
@@ -451,32 +480,4 @@ async fn close_rest(core: Arc<Core>, given: Arc<handover::shelf::Given>) {
         () = prepared(&core) => given.close_rest(),
         () = core.stop.cancelled() => {}
     }
-}
-
-pub(crate) async fn drain(core: &Core, shutdown: &Shutdown) {
-    let drain = &core.config.drain;
-    let taken_over = core.steps.taken_over.is_cancelled();
-    let deadline = if taken_over { drain.handover_deadline } else { drain.deadline };
-    tracing::info!(carried = core.carried.len(), ?deadline, taken_over, "draining");
-    core.draining.cancel();
-    time::sleep(drain.accept_for).await;
-    core.closing.cancel();
-    core.carried.close();
-    let over = async {
-        let left = time::sleep(deadline.saturating_sub(drain.accept_for));
-        if taken_over {
-            // Whoever asks now wants it over within the time that this takes otherwise.
-            tokio::select! {
-                () = left => {}
-                () = shutdown.requested() => time::sleep(drain.deadline).await,
-            }
-        } else {
-            left.await;
-        }
-    };
-    tokio::select! {
-        () = core.carried.wait() => {}
-        () = over => tracing::warn!(carried = core.carried.len(), "drain deadline over; the rest is reset"),
-    }
-    core.stop.cancel();
 }

@@ -35,6 +35,8 @@ pub(crate) enum Area {
     Listeners,
     /// A state that takes a revocation back.
     Revocations,
+    /// Clusters that the configuration names and the federation does not have.
+    Links,
 }
 
 /// The standing of one gateway.
@@ -103,13 +105,13 @@ impl Standing {
         self.in_force.subscribe()
     }
 
-    /// Replaces the problems of one area.
-    pub(crate) fn set_problems(&self, area: Area, texts: Vec<String>) {
+    /// Replaces the problems of one area. Returns whether that changes any.
+    pub(crate) fn set_problems(&self, area: Area, texts: Vec<String>) -> bool {
         self.problems.send_if_modified(|problems| {
             let changed = problems.get(&area).map(Vec::as_slice).unwrap_or_default() != texts;
             problems.insert(area, texts);
             changed
-        });
+        })
     }
 
     /// Moves whenever a problem comes or goes.

@@ -28,7 +28,8 @@ const EXAMPLES: &str = "\
 Examples:
   isthmus-global-cp --config global-cp.yaml
   isthmus-global-cp --config global-cp.yaml --check-config
-  isthmus-global-cp --config global-cp.yaml --new-epoch          # once, after a restore from backup
+  # Once, after a restore from backup:
+  isthmus-global-cp --config global-cp.yaml --new-epoch
   ISTHMUS_CP__TELEMETRY__LOG__LEVEL=debug isthmus-global-cp --config global-cp.yaml
 
 A configuration file:
@@ -36,7 +37,7 @@ A configuration file:
   federation: isthmus.example
   stateDir: /var/lib/isthmus/global-cp
   listen: { grpc: 127.1.0.1:7443, admin: 127.1.0.1:7444, health: 127.1.0.1:7445 }
-  advertise: 127.1.0.1:7443                  # where agents dial; goes into join tokens
+  advertise: 127.1.0.1:7443             # agents dial it; goes into join tokens
   settings: { failover: { holdDownMs: 3000 } }
 
 Then, on the same machine:

@@ -305,6 +305,7 @@ async fn status_shows_who_is_connected_what_they_applied_and_what_is_wrong() {
                 downgraded: true,
                 loss_ppm: 30,
                 cwnd_bytes: 14_720,
+                dial_error: "no answer over QUIC".to_owned(),
             }),
         }],
     };
@@ -336,7 +337,7 @@ async fn status_shows_who_is_connected_what_they_applied_and_what_is_wrong() {
     assert_eq!(cluster["availability"], seen);
     let tunnel = serde_json::json!({
         "from": "gateway-1", "cluster": "us-west", "gateway": "gateway-2", "up": true, "rttUs": 420,
-        "transport": "tcp", "downgraded": true, "lossPpm": 30, "cwndBytes": 14_720,
+        "transport": "tcp", "downgraded": true, "lossPpm": 30, "cwndBytes": 14_720, "dialError": "no answer over QUIC",
     });
     assert_eq!(cluster["tunnels"][0], tunnel);
     assert_eq!(cp.admin.call("GET", "/v1/availability/nobody", "").await.0, StatusCode::NOT_FOUND);

@@ -51,8 +51,8 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',')]
     systems: Vec<String>,
     /// How many rounds; 1 with --quick, else 3
-    #[arg(long)]
-    rounds: Option<u32>,
+    #[arg(long, value_parser = clap::value_parser!(u8).range(1..=20))]
+    rounds: Option<u8>,
     /// Folder for the results; state and logs go to its subfolder `failover`
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -129,7 +129,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     );
     field.ours.stop().await?;
     played?;
-    println!("{}", if results.held() { "Every goal held." } else { "Not every goal held." });
+    println!("{}", results.conclusion());
     Ok(())
 }
 
@@ -158,7 +158,7 @@ async fn play(
     } else {
         Pace { patience: seconds(15), quiet: seconds(5), at_most: seconds(30) }
     };
-    let rounds = args.rounds.unwrap_or(if args.quick { 1 } else { 3 });
+    let rounds = u32::from(args.rounds.unwrap_or(if args.quick { 1 } else { 3 }));
     let faults: &[Fault] = if args.only.is_empty() { &FAULTS } else { &args.only };
     let began = Instant::now();
     for round in 1..=rounds {

@@ -61,9 +61,14 @@ impl Results {
         std::fs::write(path, text + "\n").with_context(|| format!("write {}", path.display()))
     }
 
-    /// True when every goal held.
-    pub(super) fn held(&self) -> bool {
-        self.cases().into_iter().all(|case| self.verdict(case).is_none_or(|(_, held)| held))
+    /// Whether the goals held, in a sentence. Where none was judged, none held.
+    pub(super) fn conclusion(&self) -> &'static str {
+        let verdicts: Vec<bool> = self.cases().into_iter().filter_map(|case| Some(self.verdict(case)?.1)).collect();
+        match verdicts.as_slice() {
+            [] => "No goal was judged: none was set for what was measured.",
+            all if all.iter().all(|held| *held) => "Every goal held.",
+            _ => "Not every goal held.",
+        }
     }
 
     /// The closing table; `rivals` are its further columns, the first one gives the ratio.
@@ -226,8 +231,18 @@ mod tests {
             results.add(entry("ours", Fault::Kill, failed, 10));
         }
         assert_eq!(results.verdict((Fault::Kill, Scope::Gateway)), Some(("0 failed", false)));
-        assert!(!results.held());
+        assert_eq!(results.conclusion(), "Not every goal held.");
         assert!(results.table(&[]).contains("0 (worst 1)"), "{}", results.table(&[]));
+    }
+
+    #[test]
+    fn what_was_not_measured_did_not_hold() {
+        let mut results = Results::default();
+        assert!(results.conclusion().starts_with("No goal was judged"));
+        results.add(entry("ours", Fault::Stop, 0, 10));
+        assert!(results.conclusion().starts_with("No goal was judged"), "there is none for it");
+        results.add(entry("ours", Fault::Kill, 0, 10));
+        assert_eq!(results.conclusion(), "Every goal held.");
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl Client {
     /// At the near end.
     pub(super) fn start(place: &Place, threads: usize) -> anyhow::Result<Self> {
         let mut command = place.command(End::Near, this_program());
-        command.args(["client", "--threads", &threads.to_string()]);
+        command.args([crate::INTERNAL_CLIENT, "--threads", &threads.to_string()]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0).kill_on_drop(true);
         let mut child = command.spawn().context("start the client")?;
         let input = child.stdin.take().context("the client has no input")?;
@@ -59,6 +59,6 @@ impl Client {
 pub(super) fn server(place: &Place, threads: usize, dir: &Path) -> anyhow::Result<Process> {
     let listen = SocketAddr::from(([0, 0, 0, 0], SERVER_PORT));
     let mut command = place.command(End::Far, this_program());
-    command.args(["server", "--listen", &listen.to_string(), "--threads", &threads.to_string()]);
+    command.args([crate::INTERNAL_SERVER, "--listen", &listen.to_string(), "--threads", &threads.to_string()]);
     Process::start("server", command, dir)
 }

@@ -44,12 +44,12 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   isthmus-bench gateway                      everything, three rounds
-  isthmus-bench gateway --quick              a rough answer in two minutes
+  isthmus-bench gateway --quick              a rough answer in two to three minutes
   isthmus-bench gateway --only bulk,rr       some of it
   isthmus-bench gateway --only wan --systems envoy-h2,ours-quic
   isthmus-bench gateway --only wan --ours '{\"tunnel\":{\"congestion\":\"bbr\"}}'")]
 pub(crate) struct Args {
-    /// A rough answer in two minutes: one round, fewer sizes.
+    /// A rough answer in two to three minutes: one round, fewer sizes.
     #[arg(long)]
     pub(crate) quick: bool,
     /// Measure only this.
@@ -62,8 +62,8 @@ pub(crate) struct Args {
     #[arg(long, value_parser = clap::value_parser!(u8).range(1..=20))]
     rounds: Option<u8>,
     /// Threads of the client, and of the server.
-    #[arg(long, default_value_t = 1)]
-    threads: usize,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    threads: u8,
     /// Keys for our gateways' configuration, as JSON, over the defaults: for trying things out.
     #[arg(long, value_name = "JSON", value_parser = ours::keys)]
     ours: Option<Value>,
@@ -155,7 +155,7 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
     };
     if [Section::Bulk, Section::Rr, Section::Connect, Section::Memory].into_iter().any(wanted) {
         let setting = setting(Place::together(link.clone()), "loopback")?;
-        let mut session = Session::start(setting, args.threads, &systems).await?;
+        let mut session = Session::start(setting, args.threads.into(), &systems).await?;
         if wanted(Section::Bulk) {
             measure::bulk::run(&mut session, &plan, &mut samples).await?;
         }
@@ -172,7 +172,8 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
         session.stop().await?;
     }
     if let Some(link) = link.filter(|_| wanted(Section::Wan)) {
-        let mut session = Session::start(setting(Place::apart(link.clone()), "wan")?, args.threads, &systems).await?;
+        let mut session =
+            Session::start(setting(Place::apart(link.clone()), "wan")?, args.threads.into(), &systems).await?;
         measure::wan::run(&mut session, &plan, &link, &mut samples).await?;
         proofs.push(session.prove().await);
         session.stop().await?;
@@ -220,9 +221,12 @@ fn report(args: &Args, systems: &[System], samples: &Samples) -> anyhow::Result<
     let rows: Vec<Row> = lines.iter().flat_map(|(metric, rounds)| metric.rows(metrics::CONTEST, rounds)).collect();
     let judged = rows.iter().filter(|row| row.holds.is_some()).count();
     let held = rows.iter().filter(|row| row.holds == Some(true)).count();
-    println!(
-        "\n{held} of {judged} goals held. Ratios are ours to the best rival of the same protection, medians of all rounds."
-    );
+    if judged == 0 {
+        println!("\nNo goal was judged: that takes ours and a rival of the same protection.");
+    } else {
+        println!("\n{held} of {judged} goals held.");
+    }
+    println!("Ratios are ours to the best rival of the same protection, medians of all rounds.");
     let raw = Raw { quick: args.quick, systems: systems.iter().map(|s| s.name()).collect(), samples };
     for (name, written) in [
         ("gateway.json", json::write(&args.out.join("gateway.json"), &rows)),

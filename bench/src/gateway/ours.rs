@@ -98,7 +98,7 @@ pub(super) fn start(system: System, setting: &Setting, ports: Ports) -> anyhow::
         spec.write(&path)?;
         let program = this_program();
         let mut command = setting.place.command(end, program);
-        command.args(["node", "--spec"]).arg(&path);
+        command.args([crate::INTERNAL_NODE, "--spec"]).arg(&path);
         Process::start(&name, command, &setting.dir)
     };
     Ok([side(End::Near)?, side(End::Far)?])

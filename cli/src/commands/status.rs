@@ -110,11 +110,21 @@ pub(super) fn render(status: &Status) -> String {
 fn links(status: &Status) -> String {
     let mut table = Table::new(&["CLUSTER", "GATEWAY", "LINK TO", "STATE", "TRANSPORT", "RTT", "LOSS", "WINDOW"]);
     let mut downgraded = 0_usize;
+    let mut unreached = Table::new(&["NOT REACHED FROM", "LINK TO", "LAST ATTEMPT"]);
     for c in &status.clusters {
         for t in &c.tunnels {
             let up = t.up && c.is_connected();
             downgraded += usize::from(up && t.downgraded);
             let measured = |known: bool, text: String| if up && known { text } else { String::new() };
+            // TCP tells nothing of its packets.
+            let quic = t.transport != "tcp";
+            if c.is_connected() && !t.dial_error.is_empty() {
+                unreached.row([
+                    format!("{}/{}", c.name, t.from),
+                    format!("{}/{}", t.cluster, t.gateway),
+                    t.dial_error.clone(),
+                ]);
+            }
             table.row([
                 c.name.clone(),
                 t.from.clone(),
@@ -127,8 +137,8 @@ fn links(status: &Status) -> String {
                 .to_owned(),
                 format!("{}{}", t.transport, if t.downgraded { " DOWNGRADED" } else { "" }),
                 measured(t.rtt_us > 0, milliseconds(t.rtt_us)),
-                measured(t.rtt_us > 0, format!("{}.{:02} %", t.loss_ppm / 10_000, t.loss_ppm / 100 % 100)),
-                measured(t.cwnd_bytes > 0, format!("{} KiB", t.cwnd_bytes.div_ceil(1_024))),
+                measured(quic && t.rtt_us > 0, format!("{}.{:02} %", t.loss_ppm / 10_000, t.loss_ppm / 100 % 100)),
+                measured(quic && t.cwnd_bytes > 0, format!("{} KiB", t.cwnd_bytes.div_ceil(1_024))),
             ]);
         }
     }
@@ -136,6 +146,9 @@ fn links(status: &Status) -> String {
         return String::new();
     }
     let mut text = format!("\n{}", table.render(0));
+    if !unreached.is_empty() {
+        text.push_str(&format!("\n{}", unreached.render(0)));
+    }
     if downgraded > 0 {
         let links = if downgraded == 1 { "1 link runs".to_owned() } else { format!("{downgraded} links run") };
         text.push_str(&format!(

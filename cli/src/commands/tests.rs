@@ -182,12 +182,16 @@ fn status_shows_each_link_and_marks_those_that_fell_back_to_tcp() {
         link("gateway-2", true, "tcp", true),
         link("gateway-3", false, "quic", false)
     ]);
+    clusters[0]["tunnels"][2]["dialError"] = json!("no answer within 5s");
     let text = status::render(&parsed(&clusters));
     let want = "\
 CLUSTER  GATEWAY    LINK TO            STATE  TRANSPORT       RTT    LOSS    WINDOW
 us-east  gateway-1  us-west/gateway-1  up     quic            41 ms  0.31 %  128 KiB
-us-east  gateway-1  us-west/gateway-2  up     tcp DOWNGRADED  41 ms  0.31 %  128 KiB
+us-east  gateway-1  us-west/gateway-2  up     tcp DOWNGRADED  41 ms  -       -
 us-east  gateway-1  us-west/gateway-3  down   quic            -      -       -
+
+NOT REACHED FROM   LINK TO            LAST ATTEMPT
+us-east/gateway-1  us-west/gateway-3  no answer within 5s
 
 DOWNGRADED: 1 link runs over TCP because QUIC does not get through. Let UDP pass between the gateways' tunnel addresses; a \
 link goes back to QUIC by itself.

@@ -2,7 +2,7 @@
 //!
 //! Level-triggered: whatever changes, everything that depends on it is computed again from what is held, so the order of
 //! events does not matter and a lost one heals with the next. What holds: a gateway or sidecar whose stream ends without
-//! a goodbye stays as it was (the data path judges it); an older session never overrides a newer one of the same name.
+//! a goodbye stays as it was for a day (the data path judges it); an older session never overrides a newer one of the same name.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -41,7 +41,7 @@ use crate::{
 const MAX_SIDECARS: usize = 10_000;
 /// A sidecar not heard of for this long, and for as long as its certificate may live, is forgotten.
 const FORGET_SIDECAR: Duration = Duration::from_secs(24 * 60 * 60);
-/// A gateway that said goodbye and did not come back for this long is forgotten.
+/// A gateway that is not connected for this long is forgotten, whether it said goodbye or not.
 const FORGET_GATEWAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Tells one connection of a name from the next.
@@ -233,9 +233,7 @@ impl State {
         }
         let live = &self.gateways;
         let connected = |name: &String| live.get(name).is_some_and(GatewayFeeds::is_connected);
-        self.members
-            .gateways
-            .retain(|name, r| !r.gateway.draining || connected(name) || now.since(r.seen) < FORGET_GATEWAY);
+        self.members.gateways.retain(|name, r| connected(name) || now.since(r.seen) < FORGET_GATEWAY);
         let members = &self.members.gateways;
         self.gateways.retain(|name, _| members.contains_key(name));
         self.observe(now);

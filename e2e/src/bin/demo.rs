@@ -28,7 +28,7 @@ async fn main() -> ExitCode {
     let dir = std::path::absolute(&args.dir).unwrap_or(args.dir);
     let options = Options { dir, stay: args.stay };
     let mut report = Report::new();
-    println!("Isthmus: three clusters, real Envoy sidecars, QUIC gateways, one machine.");
+    println!("Isthmus: three clusters, real Envoy sidecars, gateways linked over QUIC, one machine.");
     let played = tokio::select! {
         played = scenario::play(&options, &mut report) => Some(played),
         () = interrupted() => None,

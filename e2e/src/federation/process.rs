@@ -30,35 +30,37 @@ pub struct Binaries {
     pub envoy: PathBuf,
 }
 
+/// The project's program `name`, as built: beside the running one, or in `ISTHMUS_BIN_DIR`.
+pub fn program(name: &str) -> anyhow::Result<PathBuf> {
+    let dir = match std::env::var_os("ISTHMUS_BIN_DIR") {
+        Some(dir) => PathBuf::from(dir),
+        None => {
+            let exe = std::env::current_exe().context("find the running program")?;
+            let dir = exe.parent().context("the running program has no folder")?;
+            // Tests run from target/<profile>/deps.
+            if dir.ends_with("deps") { dir.join("..") } else { dir.to_owned() }
+        }
+    };
+    let path = dir.join(name);
+    ensure!(path.is_file(), "{} is missing: run `cargo build --workspace --bins`", path.display());
+    path.canonicalize().with_context(|| format!("resolve {}", path.display()))
+}
+
 impl Binaries {
-    /// Beside the running program (or in `ISTHMUS_BIN_DIR`); Envoy from `ISTHMUS_ENVOY` or the repository's tools folder.
+    /// Each as [`program`] finds it; Envoy from `ISTHMUS_ENVOY` or the repository's tools folder.
     pub fn find() -> anyhow::Result<Self> {
-        let dir = match std::env::var_os("ISTHMUS_BIN_DIR") {
-            Some(dir) => PathBuf::from(dir),
-            None => {
-                let exe = std::env::current_exe().context("find the running program")?;
-                let dir = exe.parent().context("the running program has no folder")?;
-                // Tests run from target/<profile>/deps.
-                if dir.ends_with("deps") { dir.join("..") } else { dir.to_owned() }
-            }
-        };
-        let find = |name: &str| {
-            let path = dir.join(name);
-            ensure!(path.is_file(), "{} is missing: run `cargo build --workspace --bins`", path.display());
-            path.canonicalize().with_context(|| format!("resolve {}", path.display()))
-        };
         let envoy = match std::env::var_os("ISTHMUS_ENVOY") {
             Some(path) => PathBuf::from(path),
             None => super::repository().join(".tools/envoy/envoy"),
         };
         ensure!(envoy.is_file(), "Envoy is missing at {}: run `make envoy`, or set ISTHMUS_ENVOY", envoy.display());
         Ok(Self {
-            global_cp: find("isthmus-global-cp")?,
-            agent: find("isthmus-agent")?,
-            gateway: find("isthmus-gateway")?,
-            dns: find("isthmus-dns")?,
-            isthmusctl: find("isthmusctl")?,
-            shop: find("isthmus-shop")?,
+            global_cp: program("isthmus-global-cp")?,
+            agent: program("isthmus-agent")?,
+            gateway: program("isthmus-gateway")?,
+            dns: program("isthmus-dns")?,
+            isthmusctl: program("isthmusctl")?,
+            shop: program("isthmus-shop")?,
             envoy: envoy.canonicalize().context("resolve Envoy's path")?,
         })
     }

@@ -196,6 +196,9 @@ impl Player<'_> {
             if left == 0 {
                 break;
             }
+            if !side.pause.is_zero() && sent > 0 {
+                sleep(side.pause).await;
+            }
             let most = if greeting > 0 { greeting } else { left.min(limit.max(sent) - sent) };
             let bytes = stream.take(side.write.min(usize::try_from(most).unwrap()));
             if let Err(error) = tcp.write_all(bytes).await {
@@ -244,18 +247,17 @@ fn must_be_reset(error: &io::Error) {
     assert!(known, "an unexpected error of a socket: {error}");
 }
 
-/// What is wrong with what both ends saw; empty if nothing is. `excused`: a gateway of the server's was killed meanwhile.
-/// Then a reset needs no end that did it, and the kernel of the killed one may have ended its connection to the server in
+/// What is wrong with what both ends saw; empty if nothing is. `killed`: the gateway beside that end was killed meanwhile.
+/// Then a reset needs no end that did it, and the kernel of the killed one may have ended its connection to that end in
 /// order, as kernels do.
-pub(crate) fn judge(plan: &Plan, client: &Seen, server: &Seen, excused: bool) -> Vec<String> {
+pub(crate) fn judge(plan: &Plan, client: &Seen, server: &Seen, killed: Option<Sender>) -> Vec<String> {
     let mut wrong = Vec::new();
-    let ends = [(client, server, &plan.server), (server, client, &plan.client)];
-    for (own, other, others_part) in ends {
-        let by_kernel = excused && std::ptr::eq(own, server);
+    let ends = [(Sender::Client, client, server, &plan.server), (Sender::Server, server, client, &plan.client)];
+    for (name, own, other, others_part) in ends {
+        let by_kernel = killed == Some(name);
         let mut check = |holds: bool, what: &str| {
             if !holds {
-                let name = if std::ptr::eq(own, client) { "client" } else { "server" };
-                wrong.push(format!("{name} {what}"));
+                wrong.push(format!("{name:?} {what}"));
             }
         };
         check(own.end != End::Wrong, "got other bytes than were sent");
@@ -266,7 +268,10 @@ pub(crate) fn judge(plan: &Plan, client: &Seen, server: &Seen, excused: bool) ->
             check(own.received == others_part.length, "ended in order without all bytes");
             check(own.received_hash == other.sent_hash || by_kernel, "got bytes with another hash than was sent");
         }
-        check(own.end != End::Reset || excused || other.end == End::Own, "was reset though the other did not reset");
+        check(
+            own.end != End::Reset || killed.is_some() || other.end == End::Own,
+            "was reset though the other did not reset",
+        );
     }
     wrong
 }

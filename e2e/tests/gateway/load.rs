@@ -3,6 +3,7 @@
 
 use std::{
     collections::HashMap,
+    fmt, io,
     net::SocketAddr,
     sync::{Arc, Mutex},
     time::Duration,
@@ -30,6 +31,27 @@ const DEADLINE: Duration = Duration::from_secs(120);
 /// Not yet answered at one time: systems keep no more than 1,024 or so waiting for a program that is slow to accept.
 const OPENING: usize = 400;
 
+/// Why a connection did not come to its end at both ends.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    /// The gateway takes no connection.
+    Refused(io::Error),
+    /// It took the connection, and broke it before any endpoint had it.
+    Nobody(Option<Seen>),
+    /// It is not over in time.
+    Hangs,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(error) => write!(f, "connect to the gateway: {error}"),
+            Self::Nobody(client) => write!(f, "no endpoint got it; the client saw {client:?}"),
+            Self::Hangs => write!(f, "hangs: not over after {DEADLINE:?}"),
+        }
+    }
+}
+
 /// Both ends of all connections.
 pub(crate) struct Load {
     pub(crate) endpoints: Vec<SocketAddr>,
@@ -46,13 +68,14 @@ struct Expected {
 }
 
 impl Load {
-    /// With two endpoints that serve from now on.
-    pub(crate) async fn serve() -> Arc<Self> {
+    /// With two endpoints that serve from now on. Clients ask for any cluster, or for `pinned`.
+    pub(crate) async fn serve(pinned: Option<&str>) -> Arc<Self> {
+        // An address each, as endpoints have.
         let listeners =
-            [TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.1:0").await.unwrap()];
+            [TcpListener::bind("127.0.0.1:0").await.unwrap(), TcpListener::bind("127.0.0.2:0").await.unwrap()];
         let load = Arc::new(Self {
             endpoints: listeners.iter().map(|l| l.local_addr().unwrap()).collect(),
-            hello: hello(),
+            hello: hello(pinned),
             opening: Arc::new(Semaphore::new(OPENING)),
             expected: Mutex::default(),
             strange: Mutex::default(),
@@ -69,15 +92,15 @@ impl Load {
         load
     }
 
-    /// One connection by way of the gateway at `auto`, to its end at both ends.
-    pub(crate) async fn connection(&self, auto: SocketAddr, plan: &Arc<Plan>) -> Result<(Seen, Seen), String> {
+    /// One connection by way of the gateway at `entry`, to its end at both ends.
+    pub(crate) async fn connection(&self, entry: SocketAddr, plan: &Arc<Plan>) -> Result<(Seen, Seen), Fault> {
         // A replayed hello makes the endpoints' side play more than once; the last one counts.
         let (seen, mut servers) = mpsc::channel(8);
         self.expected.lock().unwrap().insert(plan.id, Expected { plan: plan.clone(), seen });
         let outcome = timeout(DEADLINE, async {
             let opening = self.opening.clone().acquire_owned().await.unwrap();
-            let mut tcp = TcpStream::connect(auto).await.map_err(|e| format!("connect to the gateway: {e}"))?;
-            tcp.write_all(&self.hello_of(plan.id)).await.map_err(|e| format!("send the hello: {e}"))?;
+            let mut tcp = TcpStream::connect(entry).await.map_err(Fault::Refused)?;
+            tcp.write_all(&self.hello_of(plan.id)).await.map_err(|_| Fault::Nobody(None))?;
             let client = play(tcp, plan, Sender::Client, Some(opening)).await;
             // Whoever plays keeps a sender of its own until its end.
             self.expected.lock().unwrap().remove(&plan.id);
@@ -85,12 +108,14 @@ impl Load {
             while let Some(seen) = servers.recv().await {
                 server = Some(seen);
             }
-            let server = server.ok_or_else(|| format!("no endpoint got it; the client saw {client:?}"))?;
-            Ok((client, server))
+            match server {
+                Some(server) => Ok((client, server)),
+                None => Err(Fault::Nobody(Some(client))),
+            }
         })
         .await;
         self.expected.lock().unwrap().remove(&plan.id);
-        outcome.unwrap_or_else(|_| Err(format!("hangs: not over after {DEADLINE:?}")))
+        outcome.unwrap_or(Err(Fault::Hangs))
     }
 
     /// What endpoints saw that nobody had announced, since the last time.
@@ -126,9 +151,10 @@ impl Load {
     }
 }
 
-/// A real one, post-quantum and so larger than a segment, for `shop/orders:80` in any cluster.
-fn hello() -> Vec<u8> {
-    let route = sni::Route { service: service(), port: 80, cluster: None, selector: None };
+/// A real one, post-quantum and so larger than a segment, for `shop/orders:80` in any cluster or in `pinned`.
+fn hello(pinned: Option<&str>) -> Vec<u8> {
+    let cluster = pinned.map(|name| name.parse().unwrap());
+    let route = sni::Route { service: service(), port: 80, cluster, selector: None };
     let name = sni::encode(&route, &FEDERATION.parse().unwrap()).unwrap();
     let config = rustls::ClientConfig::builder_with_protocol_versions(&[&rustls::version::TLS13])
         .with_root_certificates(rustls::RootCertStore::empty())

@@ -60,6 +60,8 @@ pub(crate) struct Side {
     pub(crate) length: u64,
     /// In writes of so many.
     pub(crate) write: usize,
+    /// Between two writes.
+    pub(crate) pause: Duration,
     pub(crate) reads: Reads,
     /// Resets the connection instead of going on to the end.
     pub(crate) reset: Option<Reset>,
@@ -117,9 +119,10 @@ impl Plan {
 
     /// A long-lived trickle both ways, for about `lasting`.
     pub(crate) fn trickle(seed: u64, id: u64, lasting: Duration) -> Self {
-        let steps = u64::try_from(lasting.as_millis() / 20).unwrap_or(u64::MAX).max(1);
-        let reads = Reads::Slowly(512, Duration::from_millis(20));
-        let side = Side { length: steps * 512, write: 512, reads, reset: None };
+        // By pauses of the sender: what a reader is slow to take waits in buffers, and is gone from the gateways.
+        let pause = Duration::from_millis(20);
+        let steps = u64::try_from(lasting.as_millis() / pause.as_millis()).unwrap_or(u64::MAX).max(1);
+        let side = Side { length: steps * 512, write: 512, pause, reads: Reads::Fast, reset: None };
         let eager = Random::new(seed ^ id).percent(50);
         Self { id, eager, order: Order::Both, client: side.clone(), server: side }
     }
@@ -135,7 +138,7 @@ impl Side {
             _ => r.between(1_000_000, 3_000_000),
         };
         let write = usize::try_from(r.between(1, 4)).unwrap_or(1).pow(6) * 16;
-        Self { length, write, reads: Reads::Fast, reset: None }
+        Self { length, write, pause: Duration::ZERO, reads: Reads::Fast, reset: None }
     }
 }
 

@@ -32,8 +32,8 @@ use tokio::{
 pub(crate) const FEDERATION: &str = "isthmus.example";
 /// Names the folder of a gateway process; set, this program is one.
 const FOLDER: &str = "ISTHMUS_TEST_GATEWAY_DIR";
-const DAY: Duration = Duration::from_secs(86_400);
-const SOON: Duration = Duration::from_secs(30);
+pub(crate) const DAY: Duration = Duration::from_secs(86_400);
+pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 /// What carries the streams between the gateways.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,12 +71,12 @@ pub(crate) struct Addresses {
 
 /// What a gateway is told.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Facts {
-    revision: u64,
+pub(crate) struct Facts {
+    pub(crate) revision: u64,
     /// Cluster → its gateways.
-    clusters: BTreeMap<String, BTreeMap<String, SocketAddr>>,
+    pub(crate) clusters: BTreeMap<String, BTreeMap<String, SocketAddr>>,
     /// The own cluster's endpoints of `shop/orders`.
-    endpoints: Vec<SocketAddr>,
+    pub(crate) endpoints: Vec<SocketAddr>,
 }
 
 /// Two clusters, east and west, and the gateways between them. Clients enter in the east; endpoints are in the west.
@@ -137,15 +137,10 @@ impl World {
     async fn ready(&self) {
         let health = self.east().at.health;
         let western = self.gateways.keys().filter(|(cluster, _)| *cluster == "west").count();
-        wait_for("the east has its tunnels, and endpoints behind them", SOON, async || {
-            let ready = |tunnels: Vec<serde_json::Value>| {
-                let up = |t: &&serde_json::Value| t["up"] == true && t["ready"]["shop/orders"].as_u64() > Some(0);
-                tunnels.iter().filter(up).count() == western
-            };
-            get(health, "/debug/tunnels").await.is_some_and(ready)
-        })
-        .await
-        .unwrap_or_else(|e| panic!("{e}; logs: {}", self.logs()));
+        let ready = async || useful_tunnels(health).await == western;
+        wait_for("the east has its tunnels, and endpoints behind them", SOON, ready)
+            .await
+            .unwrap_or_else(|e| panic!("{e}; logs: {}", self.logs()));
     }
 
     pub(crate) fn logs(&self) -> String {
@@ -217,7 +212,7 @@ impl Gateway {
 
 /// A debug build on a busy machine gets time for everything: this is not about speed. No slow reader is given up, as
 /// happens when there are too many for a link's window, and no connection turned away, as an overloaded gateway does.
-fn config(dir: &Path, name: &str, at: Option<Addresses>, transport: Transport) -> serde_json::Value {
+pub(crate) fn config(dir: &Path, name: &str, at: Option<Addresses>, transport: Transport) -> serde_json::Value {
     let anywhere = "127.0.0.1:0".to_owned();
     let (tunnel, health) = at.map_or((anywhere.clone(), anywhere), |a| (a.tunnel.to_string(), a.health.to_string()));
     serde_json::json!({
@@ -286,7 +281,7 @@ async fn follow(file: &Path, view: &watch::Sender<Arc<View>>) {
 }
 
 impl Facts {
-    fn view(&self) -> View {
+    pub(crate) fn view(&self) -> View {
         let names: BTreeSet<ClusterName> = self.clusters.keys().map(|name| name.parse().unwrap()).collect();
         let exporter = Exporter { created_at: Timestamp(1), identities: BTreeSet::new() };
         let orders = GlobalService {
@@ -343,6 +338,12 @@ fn no_bundle(domain: &str) -> TrustBundle {
         document: r#"{"keys":[]}"#.to_owned(),
         predecessor_signature: Vec::new(),
     }
+}
+
+/// To how many peers with endpoints the gateway whose health server is `at` has tunnels.
+pub(crate) async fn useful_tunnels(at: SocketAddr) -> usize {
+    let useful = |t: &&serde_json::Value| t["up"] == true && t["ready"]["shop/orders"].as_u64() > Some(0);
+    get(at, "/debug/tunnels").await.unwrap_or_default().iter().filter(useful).count()
 }
 
 /// The JSON of a 200 from a gateway's health server.

@@ -3,31 +3,21 @@
 
 use std::{
     fmt, fs,
-    net::SocketAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use isthmus_runtime::wait::wait_for;
-use tokio::{
-    task::JoinSet,
-    time::{interval, sleep, sleep_until},
-};
+use tokio::time::{interval, sleep_until};
 
 use crate::{
-    carry::judge,
     load::Load,
-    plan::{Plan, Random},
+    plan::Sender,
     rig::World,
+    traffic::{Attempts, Places, Route, Traffic},
 };
 
-/// Short connections at a time, one after the other in each place.
-const SHORT: u64 = 48;
-/// Long-lived ones.
-const LONG: u64 = 16;
+const PLACES: Places = Places { short: 48, long: 16, lasting: (1_000, 8_000) };
 /// Between two kills.
 const KILL_EVERY: Duration = Duration::from_secs(10);
 /// How long the killed gateway is away.
@@ -43,33 +33,12 @@ struct Sample {
     files: usize,
 }
 
-struct Driver {
-    load: Arc<Load>,
-    auto: SocketAddr,
-    seed: u64,
-    stop: AtomicBool,
-    ids: AtomicU64,
-    done: AtomicU64,
-    /// Moves with every kill and every return.
-    events: AtomicU64,
-}
-
 /// Runs it all, prints the table, and fails on whatever is not flat or not right.
 pub(crate) async fn run(mut world: World, load: Arc<Load>, seed: u64, lasting: Duration) {
     let pids = MEASURED.map(|name| world.gateways[&name].pid());
     let baseline = pids.map(look);
-    let driver = Arc::new(Driver {
-        load: load.clone(),
-        auto: world.east().at.auto,
-        seed,
-        stop: AtomicBool::new(false),
-        ids: AtomicU64::new(0),
-        done: AtomicU64::new(0),
-        events: AtomicU64::new(0),
-    });
-    let mut places = JoinSet::new();
-    (0..SHORT).for_each(|_| drop(places.spawn(driver.clone().short())));
-    (0..LONG).for_each(|place| drop(places.spawn(driver.clone().long(place))));
+    let route = Route { entry: world.east().at.auto, mortal: Sender::Server, attempts: Attempts::Many };
+    let traffic = Traffic::start(load.clone(), route, seed, PLACES);
 
     let began = Instant::now();
     let mut samples: Vec<[Sample; 2]> = Vec::new();
@@ -95,28 +64,23 @@ pub(crate) async fn run(mut world: World, load: Arc<Load>, seed: u64, lasting: D
                 east.files,
                 west.rss_kib,
                 west.files,
-                driver.done.load(Ordering::Relaxed)
+                traffic.done()
             );
         }
         if Instant::now() >= kill_at {
             kill_at += KILL_EVERY;
             kills += 1;
-            driver.events.fetch_add(1, Ordering::SeqCst);
+            traffic.disturb();
             let victim = world.gateways.get_mut(&VICTIM).unwrap();
             victim.kill().await;
             // Once more: a connection may have come to it between the first word and its death.
-            driver.events.fetch_add(1, Ordering::SeqCst);
+            traffic.disturb();
             sleep_until((Instant::now() + AWAY).into()).await;
             victim.restart().await;
         }
     }
-    driver.stop.store(true, Ordering::Relaxed);
-    let mut wrong: Vec<String> = Vec::new();
-    while let Some(place) = places.join_next().await {
-        wrong.extend(place.unwrap());
-    }
+    let (carried, mut wrong) = traffic.stop().await;
     wrong.extend(load.strange());
-    let carried = driver.done.load(Ordering::Relaxed);
     println!("{carried} connections, {kills} kills, {} samples", samples.len());
     let some: Vec<&String> = wrong.iter().take(5).collect();
     assert!(wrong.is_empty(), "{} went wrong, seed {seed}, logs in {}; {some:#?}", wrong.len(), world.logs());
@@ -143,47 +107,6 @@ pub(crate) async fn run(mut world: World, load: Arc<Load>, seed: u64, lasting: D
         baseline.map(|s| s.files)
     );
     world.stop().await;
-}
-
-impl Driver {
-    /// One short connection after the other.
-    async fn short(self: Arc<Self>) -> Vec<String> {
-        let mut wrong = Vec::new();
-        while !self.stop.load(Ordering::Relaxed) {
-            let id = self.ids.fetch_add(1, Ordering::Relaxed);
-            wrong.extend(self.one(Plan::draw(self.seed, id)).await);
-            // Load, not a race for the processor.
-            sleep(Duration::from_millis(Random::new(id).between(20, 120))).await;
-        }
-        wrong
-    }
-
-    /// One long connection after the other.
-    async fn long(self: Arc<Self>, place: u64) -> Vec<String> {
-        let mut wrong = Vec::new();
-        while !self.stop.load(Ordering::Relaxed) {
-            let id = self.ids.fetch_add(1, Ordering::Relaxed);
-            let lasting = Duration::from_millis(Random::new(id ^ place << 32).between(1_000, 8_000));
-            wrong.extend(self.one(Plan::trickle(self.seed, id, lasting)).await);
-        }
-        wrong
-    }
-
-    async fn one(&self, plan: Plan) -> Option<String> {
-        let before = self.events.load(Ordering::SeqCst);
-        let plan = Arc::new(plan);
-        let outcome = self.load.connection(self.auto, &plan).await;
-        self.done.fetch_add(1, Ordering::Relaxed);
-        // A kill is noticed a while later, and what ran through it may have begun long before.
-        let excused = self.events.load(Ordering::SeqCst) != before;
-        match outcome {
-            Ok((client, server)) => {
-                let faults = judge(&plan, &client, &server, excused);
-                (!faults.is_empty()).then(|| format!("{}: {plan:?}, {client:?}, {server:?}", faults.join("; ")))
-            }
-            Err(fault) => Some(format!("{fault}: {plan:?}")),
-        }
-    }
 }
 
 fn look(pid: u32) -> Sample {

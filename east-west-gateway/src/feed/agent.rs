@@ -32,7 +32,10 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 
-use super::disk::{self, Disk};
+use super::{
+    disk::{self, Disk},
+    refused::CallError,
+};
 use crate::{core::Core, metrics::Metrics, standing::Area, view::View};
 
 /// Between two availability reports.
@@ -51,8 +54,8 @@ const MAX_MESSAGE: usize = 256 << 20;
 enum SessionError {
     #[error("configure TLS")]
     Configure(#[from] EnrolError),
-    #[error("call the agent")]
-    Call(#[from] tonic::Status),
+    #[error(transparent)]
+    Call(#[from] CallError),
     #[error("the agent ended the feed")]
     Ended,
     #[error("the agent did not answer, or took nothing, in time")]
@@ -132,6 +135,7 @@ impl Agent {
         }
         let disk = Disk::open(&self.inner.state_dir, &core.tasks, &core.metrics, &core.stop);
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(3));
+        let mut refused = String::new();
         loop {
             let began = Instant::now();
             let ended = tokio::select! {
@@ -145,7 +149,20 @@ impl Agent {
             };
             core.metrics.feed_connected(false);
             if let Err(error) = ended {
-                tracing::warn!(error = chain(&error), "no feed from the agent; what is known stands");
+                let remedy = match &error {
+                    SessionError::Call(error) => error.remedy(),
+                    _ => None,
+                };
+                let error = chain(&error);
+                match remedy {
+                    // Until somebody acts, it is said again and again: once is enough.
+                    Some(_) if refused == error => tracing::debug!(error, "the agent still refuses this gateway"),
+                    Some(remedy) => {
+                        tracing::error!(error, remedy, "the agent refuses this gateway; what is known stands");
+                    }
+                    None => tracing::warn!(error, "no feed from the agent; what is known stands"),
+                }
+                refused = remedy.map(|_| error).unwrap_or_default();
             }
             if began.elapsed() > Duration::from_secs(10) {
                 backoff.reset();
@@ -164,7 +181,8 @@ impl Agent {
         let up = Uplink(up);
         up.send(Up::Hello(hello.clone())).await?;
         let call = client.gateway_feed(ReceiverStream::new(outgoing));
-        let mut down = time::timeout(CALL, call).await.map_err(|_| SessionError::Timeout)??.into_inner();
+        let down = time::timeout(CALL, call).await.map_err(|_| SessionError::Timeout)?;
+        let mut down = down.map_err(CallError::from)?.into_inner();
         core.metrics.feed_connected(true);
         core.steps.following.cancel();
         tracing::info!(agent = self.inner.member.record().address, "feed connected");
@@ -179,7 +197,7 @@ impl Agent {
         let mut report_at = time::Instant::now();
         loop {
             tokio::select! {
-                update = down.message() => self.receive(core, disk, update?.ok_or(SessionError::Ended)?),
+                update = down.message() => self.receive(core, disk, update.map_err(CallError::from)?.ok_or(SessionError::Ended)?),
                 _ = in_force.changed() => {
                     let stamp = *in_force.borrow_and_update();
                     if let Some(stamp) = stamp {

@@ -6,6 +6,7 @@
 
 mod agent;
 mod disk;
+mod refused;
 
 use std::sync::Arc;
 

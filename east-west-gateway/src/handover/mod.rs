@@ -19,11 +19,14 @@
 //!                                ← end          running streams have ended, or the deadline is over
 //! ```
 //!
+//! With the sockets goes a descriptor of the state folder's lock ([`lock`]), which both then hold.
+//!
 //! What holds: until `Go` the predecessor serves as if nobody had asked, whatever becomes of the successor; from `Go` on
 //! the successor serves alone if it must. Whoever loses the other reads the UDP socket itself. What is not handed over:
 //! connections. Each process ends those that it has.
 
 pub(crate) mod cids;
+pub(crate) mod lock;
 pub(crate) mod predecessor;
 mod relay;
 pub(crate) mod shelf;

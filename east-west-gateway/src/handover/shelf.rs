@@ -32,6 +32,8 @@ pub(crate) enum Role {
     Pinned(ClusterName),
     /// TCP, health and metrics.
     Health,
+    /// No socket: the open file whose lock keeps other gateways off the state folder.
+    Lock,
 }
 
 /// What can be given away now.
@@ -101,6 +103,11 @@ impl Given {
     pub(crate) fn udp(&self, role: &Role, wanted: SocketAddr) -> Option<UdpSocket> {
         let socket = UdpSocket::from(self.take(role)?);
         fits(role, socket.local_addr(), wanted).then_some(socket)
+    }
+
+    /// The lock of the state folder, if it was given.
+    pub(crate) fn state_lock(&self) -> Option<OwnedFd> {
+        self.take(&Role::Lock)
     }
 
     /// Closes what nobody asked for, so that its ports are free when the predecessor has ended.

@@ -2,7 +2,8 @@
 //!
 //! Sending needs nothing: both have a descriptor of the same socket. Reading does: what one takes the other never sees. So
 //! one of them reads, and passes on what belongs to the other; datagrams that belong to neither (a client's first ones,
-//! garbage) stay with the reader. Without another process this is quinn's own socket and the test of one lock.
+//! garbage) stay with the reader. Without another process this is quinn's own socket and the test of one lock. What is
+//! sent goes out by way of [`Redundancy`].
 
 use std::{
     io::{self, IoSliceMut},
@@ -24,6 +25,7 @@ use quinn::{
 };
 
 use super::{cids::CidKey, relay::Relay};
+use crate::tunnel::link::redundancy::Redundancy;
 
 /// A UDP socket that may be shared with another process.
 #[derive(Debug)]
@@ -37,6 +39,7 @@ pub(crate) struct SharedSocket {
     changes: AtomicU64,
     reader: AtomicWaker,
     lost: Counter,
+    redundancy: Arc<Redundancy>,
 }
 
 #[derive(Clone, Debug)]
@@ -74,12 +77,18 @@ impl SharedSocket {
         let raw = socket.try_clone()?;
         let quic = TokioRuntime.wrap_udp_socket(socket)?;
         let (mode, changes, reader) = (Mutex::new(mode), AtomicU64::new(0), AtomicWaker::new());
-        Ok(Arc::new(Self { quic, raw, key, mode, changes, reader, lost }))
+        let redundancy = Arc::new(Redundancy::default());
+        Ok(Arc::new(Self { quic, raw, key, mode, changes, reader, lost, redundancy }))
     }
 
     /// The key of this process: its connection IDs must come from it.
     pub(crate) fn key(&self) -> CidKey {
         self.key
+    }
+
+    /// To be told which paths lose datagrams.
+    pub(crate) fn redundancy(&self) -> Arc<Redundancy> {
+        self.redundancy.clone()
     }
 
     /// A descriptor to give away.
@@ -160,7 +169,7 @@ impl AsyncUdpSocket for SharedSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.quic.try_send(transmit)
+        self.redundancy.send(transmit, |transmit| self.quic.try_send(transmit))
     }
 
     fn poll_recv(

@@ -30,7 +30,9 @@ use crate::tunnel::{
 
 const MIN_BUFFER: usize = 2 * 1024;
 const MAX_BUFFER: usize = 64 * 1024;
-/// A near side that takes nothing for so long is a slow reader.
+/// A near side that takes nothing for so long holds what was sent for it.
+const HELD: Duration = Duration::from_millis(10);
+/// And for so long is a slow reader.
 const SLOW: Duration = Duration::from_millis(100);
 /// As many as one system call takes.
 const SLICES: usize = 64;
@@ -43,18 +45,19 @@ pub(super) struct Both<'a> {
     outward: Direction<'a>,
     /// From far to near.
     pub(super) backward: Direction<'a>,
-    /// Tells that far takes no more, where reading from it does not tell: over TCP that the link has ended, over QUIC,
-    /// once its own direction has ended or is not read for want of a near side that takes it, that it has stopped ours.
+    /// Tells that far's link has ended, where reading from far does not tell.
+    link_closed: Option<Signal>,
+    /// Tells that far takes no more, once its own direction has ended or is not read for want of a near side that takes it.
     far_gone: Option<Signal>,
 }
 
 impl<'a> Both<'a> {
     pub(super) fn new(outward: Direction<'a>, backward: Direction<'a>) -> Self {
-        let far_gone = match &outward.to {
-            Writer::Link(send @ SendHalf::Tcp(_)) => Some(Box::pin(send.stopped()) as Signal),
-            _ => None,
+        let link_closed = match &outward.to {
+            Writer::Link(send) => send.link_closed().map(|closed| Box::pin(closed) as Signal),
+            Writer::Tcp(_) => None,
         };
-        Self { outward, backward, far_gone }
+        Self { outward, backward, link_closed, far_gone: None }
     }
 
     /// Moves what can be moved; ready with how it all ended.
@@ -81,9 +84,8 @@ impl<'a> Both<'a> {
         {
             self.far_gone = Some(Box::pin(send.stopped()));
         }
-        if let Some(gone) = self.far_gone.as_mut().filter(|_| !outward)
-            && gone.as_mut().poll(cx).is_ready()
-        {
+        let mut signals = [&mut self.link_closed, &mut self.far_gone].into_iter().flatten();
+        if !outward && signals.any(|signal| signal.as_mut().poll(cx).is_ready()) {
             return Poll::Ready(End::Far);
         }
         Poll::Pending
@@ -122,10 +124,21 @@ pub(super) struct Direction<'a> {
 
 /// With a writer that takes nothing.
 struct Patience {
-    slow: Pin<Box<Sleep>>,
-    /// Since the last byte that it took; `None` while it takes some.
-    waiting: bool,
+    timer: Pin<Box<Sleep>>,
+    stage: Stage,
     borne: Option<(Place, Signal)>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// It takes what it is given.
+    Quick,
+    /// Since less than [`HELD`].
+    Waiting,
+    /// Since less than [`SLOW`]: it is given room.
+    Held,
+    /// For longer: it is given up when there is no more room.
+    Slow,
 }
 
 impl<'a> Direction<'a> {
@@ -180,42 +193,59 @@ impl<'a> Direction<'a> {
             ready!(gone.as_mut().poll(cx));
             return Poll::Ready(Err(Stop::Reader));
         }
-        let Some(stalled) = self.stalled else { return Poll::Pending };
         let patience = self.patience.get_or_insert_with(|| Box::new(Patience::new()));
-        patience.poll(cx, stalled).map(|()| Err(Stop::GivenUp))
+        patience.poll(cx, self.stalled).map(|()| Err(Stop::GivenUp))
     }
 
     /// The writer has taken nothing for a while.
     fn is_slow(&self) -> bool {
-        self.patience.as_ref().is_some_and(|patience| patience.borne.is_some())
+        self.patience.as_ref().is_some_and(|patience| patience.stage == Stage::Slow)
     }
 }
 
 impl Patience {
     fn new() -> Self {
-        Self { slow: Box::pin(time::sleep(SLOW)), waiting: true, borne: None }
+        Self { timer: Box::pin(time::sleep(HELD)), stage: Stage::Waiting, borne: None }
     }
 
     /// It has taken something.
     fn rest(&mut self) {
-        self.waiting = false;
+        self.stage = Stage::Quick;
         self.borne = None;
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, stalled: &Stalled) -> Poll<()> {
-        if !self.waiting {
-            self.waiting = true;
-            self.slow.as_mut().reset(Instant::now() + SLOW);
+    fn poll(&mut self, cx: &mut Context<'_>, stalled: Option<&Stalled>) -> Poll<()> {
+        loop {
+            match self.stage {
+                Stage::Quick => {
+                    self.stage = Stage::Waiting;
+                    self.timer.as_mut().reset(Instant::now() + HELD);
+                }
+                Stage::Waiting => {
+                    ready!(self.timer.as_mut().poll(cx));
+                    self.stage = Stage::Held;
+                    self.timer.as_mut().reset(Instant::now() + SLOW - HELD);
+                    self.borne = stalled.map(|stalled| {
+                        let place = stalled.enter();
+                        let given_up: Signal = Box::pin(place.given_up());
+                        (place, given_up)
+                    });
+                }
+                Stage::Held => {
+                    ready!(self.timer.as_mut().poll(cx));
+                    self.stage = Stage::Slow;
+                    if let Some((place, _)) = &self.borne {
+                        place.overdue();
+                    }
+                }
+                Stage::Slow => {
+                    return match &mut self.borne {
+                        Some((_, given_up)) => given_up.as_mut().poll(cx),
+                        None => Poll::Pending,
+                    };
+                }
+            }
         }
-        if self.borne.is_none() {
-            ready!(self.slow.as_mut().poll(cx));
-        }
-        let (_, given_up) = self.borne.get_or_insert_with(|| {
-            let place = stalled.enter();
-            let given_up: Signal = Box::pin(place.given_up());
-            (place, given_up)
-        });
-        given_up.as_mut().poll(cx)
     }
 }
 

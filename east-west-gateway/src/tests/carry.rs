@@ -189,9 +189,10 @@ async fn a_silent_endpoint_is_replayed_elsewhere_within_its_deadline(over: LinkT
     let _held = silent.accept().await;
     assert_eq!(read(&mut client, 4).await, b"west");
     let metrics = &gateways[0].core().await.metrics;
-    // Whether the far gateway's word still comes in time depends on how busy this machine is; if not, its other link is tried.
+    // Whether the far gateway's word still comes in time depends on how busy this machine is. If it does not, the other
+    // link to that gateway is tried, too.
     let ends = ["rejected_timeout", "silent"].map(|end| metrics.attempted(&cluster("central"), end));
-    assert!((1..=2).contains(&ends.iter().sum::<u64>()), "{ends:?}");
+    assert!(matches!(ends, [1, 0] | [0, 1] | [0, 2] | [1, 1]), "{ends:?}");
 }
 
 async fn a_gateway_killed_mid_handshake_is_replayed_around(over: LinkTransport) {

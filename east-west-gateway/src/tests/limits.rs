@@ -1,28 +1,16 @@
 //! Limits that end a connection, or keep it from beginning, although both of its sides are well.
 
-use std::{io::ErrorKind, net::SocketAddr, time::Duration};
+use std::{io::ErrorKind, time::Duration};
 
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
 
-use super::rig::{Gateway, Server, introduce, knock, linked_with, over_both, read, sni, until};
+use super::rig::{Gateway, Server, introduce, knock, linked_with, over_both, read, show, sni, until};
 use crate::{config::LinkTransport, testkit::cluster};
 
 over_both!(one_cluster_cannot_take_all_streams_from_the_others);
-
-/// Shows these gateways each other, and waits until the first sees the others ready.
-async fn show(gateways: &[Gateway], members: &[(&str, &[SocketAddr])]) {
-    let global = introduce(gateways, members);
-    for (gateway, (_, endpoints)) in gateways.iter().zip(members) {
-        gateway.set_endpoints(endpoints);
-        gateway.set_global(&global);
-    }
-    for (other, _) in &members[1..] {
-        gateways[0].sees_ready(other).await;
-    }
-}
 
 #[tokio::test]
 async fn a_connection_is_reset_at_its_age_limit_however_busy_it_is() {

@@ -15,10 +15,15 @@ use super::{
 use crate::{config::LinkTransport, testkit::cluster};
 
 over_both!(
+    a_link_that_was_refused_leaves_nothing_behind,
+    a_link_that_is_given_up_is_no_broken_one_to_the_peer,
+    a_link_that_was_replaced_finishes_what_the_peer_carries_on_it,
     a_gateway_that_cannot_be_dialled_is_reached_through_the_link_it_made,
     a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_what_it_carries,
     a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carries,
     slow_readers_stall_nobody_else,
+    a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves,
+    steady_downloads_over_one_link_all_arrive,
 );
 
 /// East and west, where `dialled` says at which address the other one finds each; `None`: not at all.
@@ -117,11 +122,11 @@ async fn tcp_stands_in_for_blocked_udp_only_where_the_link_says_auto_and_only_as
     gateways[0].sees_ready("west").await;
     let tunnel = || gateways[0].inspector.tunnels().remove(0);
     let shown = tunnel();
-    assert_eq!((shown.transport, shown.downgraded), (Some(Transport::Tcp), true));
+    assert_eq!((shown.transport, shown.downgraded), (Transport::Tcp, true));
     let (mut old, mut old_served) = carried(&gateways[0], "west", &west).await;
 
     relay.get().unwrap().block_udp(false);
-    until("QUIC is back", || tunnel().transport == Some(Transport::Quic) && !tunnel().downgraded).await;
+    until("QUIC is back", || tunnel().transport == Transport::Quic && !tunnel().downgraded).await;
     exchange(&mut old, &mut old_served, b"begun over TCP").await;
     let (mut new, mut new_served) = carried(&gateways[0], "west", &west).await;
     exchange(&mut new, &mut new_served, b"over QUIC").await;
@@ -200,7 +205,7 @@ async fn a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carr
     until("west knows both links", draining).await;
     // For longer than an idle one is kept.
     let since = std::time::Instant::now();
-    while since.elapsed() < Duration::from_millis(1_500) {
+    while since.elapsed() < Duration::from_millis(2_500) {
         exchange(&mut inward, &mut inward_served, b"until it ends").await;
     }
     assert!(links().iter().any(|id| before.contains(id)), "it carries the other way");
@@ -208,6 +213,138 @@ async fn a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carr
     until("the old link is given up", || links().iter().all(|id| !before.contains(id))).await;
     exchange(&mut new, &mut new_served, b"as before").await;
     assert_eq!(core.metrics.rejected("peer_dead"), 0);
+}
+
+#[tokio::test]
+async fn a_certificate_renewed_during_a_handshake_is_shown_on_the_next_link() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let (gateways, _) = pair(LinkTransport::Quic, [&east, &west], async |[_, w]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        relay.hold_at_certificate(true);
+        [None, Some(relay.address)]
+    })
+    .await;
+    let relay = relay.get().unwrap();
+    until("east has shown its certificate", || relay.holds()).await;
+    let renewed = svid("east");
+    let leaf = renewed.chain()[0].clone();
+    gateways[0].core().await.identity.source.set(renewed);
+    assert!(gateways[0].inspector.tunnels().iter().all(|t| !t.up), "the handshake is under way");
+    relay.hold_at_certificate(false);
+    let core = gateways[1].core().await;
+    let shown = || core.registry.pick(&cluster("east"), &[]).and_then(|tunnel| tunnel.link.leaf());
+    until("the link is up", || shown().is_some()).await;
+    until("west has seen the new certificate", || shown().as_ref() == Some(&leaf)).await;
+}
+
+#[tokio::test]
+async fn small_datagrams_go_twice_where_the_path_loses_some_and_nowhere_else() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let through = async |[_, w]: [&Gateway; 2]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        [None, Some(relay.address)]
+    };
+    let (gateways, _) = pair(LinkTransport::Quic, [&east, &west], through).await;
+    gateways[0].sees_ready("west").await;
+    let relay = relay.get().unwrap();
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    for _ in 0..100 {
+        exchange(&mut client, &mut served, b"a path that loses nothing").await;
+    }
+    assert_eq!(relay.copies(), (0, 0));
+
+    relay.lose_one_in(10);
+    for n in 0.. {
+        exchange(&mut client, &mut served, b"a path that loses some").await;
+        if relay.copies().0 >= 100 {
+            break;
+        }
+        assert!(n < 5_000, "{:?}", gateways[0].inspector.tunnels());
+    }
+    // Bulk is not: what follows a lost packet reveals the loss at once.
+    let bulk = vec![7; 4_000_000];
+    let (sent, received) = tokio::join!(client.write_all(&bulk), read(&mut served, bulk.len()));
+    sent.unwrap();
+    assert!(received == bulk);
+    let (_, largest) = relay.copies();
+    assert!(largest <= 1_200, "{largest}");
+}
+
+#[tokio::test]
+async fn nothing_goes_twice_where_redundancy_is_turned_off() {
+    let west = Server::bind().await;
+    let plain = |config: &mut crate::Config| config.tunnel.redundancy = false;
+    let gateways = [Gateway::start_with("east", plain).await, Gateway::start("west").await];
+    let relay = Relay::before(gateways[1].tunnel).await;
+    let mut global = introduce(&gateways, &[("east", &[]), ("west", &[west.address])]);
+    global.clusters.get_mut(&cluster("east")).unwrap().gateways.clear();
+    global.clusters.get_mut(&cluster("west")).unwrap().gateways =
+        vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: Some(relay.address) }];
+    gateways[1].set_endpoints(&[west.address]);
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    gateways[0].sees_ready("west").await;
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    relay.lose_one_in(10);
+    let lost = || gateways[0].inspector.tunnels()[0].packets_lost;
+    for n in 0.. {
+        exchange(&mut client, &mut served, b"a path that loses some").await;
+        assert_eq!(relay.copies(), (0, 0));
+        if lost() >= 10 {
+            break;
+        }
+        assert!(n < 5_000, "{:?}", gateways[0].inspector.tunnels());
+    }
+}
+
+async fn a_link_that_was_refused_leaves_nothing_behind(over: LinkTransport) {
+    let mut gateways = [Gateway::start_over(over, "east").await, Gateway::start_over(over, "west").await];
+    let global = introduce(&gateways, &[("east", &[]), ("west", &[])]);
+    gateways[0].set_global(&global);
+    // West knows nobody yet.
+    let core = gateways[1].core().await;
+    until("east is turned away", || core.metrics.rejected("peer_not_a_member") > 1).await;
+    gateways[0].drain();
+    // What goes on although nobody needs it is waited for until the drain's deadline, and then some.
+    tokio::time::timeout(Duration::from_secs(4), gateways[0].ended()).await.expect("it ends when it is done");
+}
+
+async fn a_link_that_is_given_up_is_no_broken_one_to_the_peer(over: LinkTransport) {
+    let west = Server::bind().await;
+    let (gateways, global) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
+    let (east, west) = (gateways[0].core().await, gateways[1].core().await);
+    let accepted = || gateways[1].inspector.tunnels().iter().map(|t| t.accepted).sum::<usize>();
+    east.identity.source.set(svid("east"));
+    until("a new link is there beside the old one", || accepted() == 2).await;
+    until("the old one is given up", || accepted() == 1).await;
+    assert_eq!(west.metrics.rejected("peer_protocol"), 0);
+    let mut without = next(&global);
+    without.clusters.get_mut(&cluster("west")).unwrap().gateways.clear();
+    gateways[0].set_global(&without);
+    until("east has left", || accepted() == 0).await;
+    assert_eq!(west.metrics.rejected("peer_protocol"), 0);
+}
+
+async fn a_link_that_was_replaced_finishes_what_the_peer_carries_on_it(over: LinkTransport) {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    // West cannot dial: all goes by east's link.
+    let (gateways, _) = pair(over, [&east, &west], async |[_, w]| [None, Some(w.tunnel)]).await;
+    gateways[1].sees_ready("east").await;
+    let (mut client, mut served) = carried(&gateways[1], "east", &east).await;
+    let core = gateways[0].core().await;
+    let before = core.registry.own_links(&cluster("west"));
+    core.identity.source.set(svid("east"));
+    let there = |old: bool| core.registry.own_links(&cluster("west")).iter().any(|id| before.contains(id) == old);
+    until("there is a new link", || there(false)).await;
+    // For longer than a link that carries nothing is kept.
+    let mut trickle = tokio::time::interval(Duration::from_millis(50));
+    for _ in 0..60 {
+        trickle.tick().await;
+        exchange(&mut client, &mut served, b"inward").await;
+    }
+    drop((client, served));
+    until("the old link is given up", || !there(true)).await;
 }
 
 async fn slow_readers_stall_nobody_else(over: LinkTransport) {
@@ -270,4 +407,59 @@ async fn a_way_that_swallows_everything_is_not_held_against_the_service() {
     until("all attempts are given up", || core.metrics.attempted(&cluster("west"), "silent") == 4).await;
     assert_eq!(core.metrics.rejected("service_out"), 0);
     drop(clients);
+}
+
+async fn a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves(over: LinkTransport) {
+    let west = Server::bind().await;
+    let small = |config: &mut crate::Config| {
+        config.tunnel.transport = over;
+        config.tunnel.stream_window_bytes = 64 * 1024;
+        config.tunnel.connection_window_bytes = 256 * 1024;
+    };
+    let (gateways, _) = super::rig::linked_with(small, &[("east", &[]), ("west", &[west.address])]).await;
+    let name = sni(None);
+    let (mut client, served) = tokio::join!(knock(gateways[0].auto, &name), west.greet(b"hi"));
+    read(&mut client, 2).await;
+    let flood = vec![7; 64 * 1024];
+    while tokio::time::timeout(Duration::from_millis(500), client.write_all(&flood)).await.is_ok() {}
+    let cores = [gateways[0].core().await, gateways[1].core().await];
+    assert!(cores.iter().all(|core| core.metrics.carried_now() == 1));
+    client.set_zero_linger().unwrap();
+    drop(client);
+    until("neither carries it", || cores.iter().all(|core| core.metrics.carried_now() == 0)).await;
+    until("the endpoint sees a reset", || served.take_error().unwrap().is_some()).await;
+}
+
+/// Default windows: more clients than fit into them that each read a steady 2 MB/s, none of whom ever stops.
+async fn steady_downloads_over_one_link_all_arrive(over: LinkTransport) {
+    const CLIENTS: usize = 32;
+    const SIZE: usize = 12_000_000;
+    let west = Server::bind().await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
+    let mut pairs = Vec::new();
+    for _ in 0..CLIENTS {
+        pairs.push(carried(&gateways[0], "west", &west).await);
+    }
+    let mut clients = tokio::task::JoinSet::new();
+    for (mut client, mut served) in pairs {
+        tokio::spawn(async move {
+            drop(served.write_all(&vec![7; SIZE]).await);
+            drop(served.shutdown().await);
+        });
+        clients.spawn(async move {
+            let (mut taken, mut buffer): (usize, _) = (0, vec![0; 256 * 1024]);
+            loop {
+                // The pace of the reader, not a wait for something.
+                tokio::time::sleep(Duration::from_millis(120)).await;
+                match client.read(&mut buffer).await {
+                    Ok(0) => return (taken, None),
+                    Ok(n) => taken += n,
+                    Err(error) => return (taken, Some(error.kind())),
+                }
+            }
+        });
+    }
+    let ends = clients.join_all().await;
+    let cut: Vec<_> = ends.iter().filter(|(taken, error)| *taken != SIZE || error.is_some()).collect();
+    assert!(cut.is_empty(), "{} of {} downloads were reset: {cut:?}", cut.len(), ends.len());
 }

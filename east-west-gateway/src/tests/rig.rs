@@ -134,6 +134,13 @@ impl Gateway {
         Self::launch(name, config, watch::Sender::default(), How { log, ..How::default() }).await.unwrap()
     }
 
+    /// One of a cluster of its own that may fail to start, beside whoever runs.
+    pub(super) async fn try_start(change: impl FnOnce(&mut Config)) -> Result<Self, BuildError> {
+        let mut config = config("gateway-1");
+        change(&mut config);
+        Self::launch("east", config, watch::Sender::default(), How::default()).await
+    }
+
     /// One that takes over from this one, with the same view and configuration. Its addresses are in its inspector.
     pub(super) async fn successor(&self, state_dir: &Path) -> Self {
         self.try_succeed(|config| config.state_dir = state_dir.to_owned()).await.unwrap()
@@ -304,6 +311,18 @@ pub(super) async fn linked_with(
         }
     }
     (gateways, global)
+}
+
+/// Shows these gateways each other, and waits until the first sees the others ready.
+pub(super) async fn show(gateways: &[Gateway], members: &[(&str, &[SocketAddr])]) {
+    let global = introduce(gateways, members);
+    for (gateway, (_, endpoints)) in gateways.iter().zip(members) {
+        gateway.set_endpoints(endpoints);
+        gateway.set_global(&global);
+    }
+    for (other, _) in &members[1..] {
+        gateways[0].sees_ready(other).await;
+    }
 }
 
 /// The state in which these gateways are the clusters' own.

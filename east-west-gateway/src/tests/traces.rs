@@ -3,7 +3,7 @@
 use std::{
     io,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use isthmus_runtime::telemetry::{self, LogConfig, LogFormat, TelemetryConfig, TelemetryGuard};
@@ -22,13 +22,13 @@ use tokio::{
 };
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status, transport};
-use tracing::Dispatch;
+use tracing::{Dispatch, subscriber::NoSubscriber};
 
-use super::rig::{Gateway, Server, introduce, knock, local, read, refusing, sni, until};
+use super::rig::{Gateway, Server, knock, local, read, refusing, show, sni, until};
 
 /// Keeps what is logged.
 #[derive(Clone, Default)]
-struct Log(Arc<Mutex<Vec<u8>>>);
+pub(super) struct Log(Arc<Mutex<Vec<u8>>>);
 
 impl io::Write for Log {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -43,17 +43,28 @@ impl io::Write for Log {
 
 impl Log {
     /// A log in JSON of everything, and of spans if there is a collector.
-    fn open(instance: &str, collector: Option<SocketAddr>) -> (Self, Dispatch, TelemetryGuard) {
+    pub(super) fn open(instance: &str, collector: Option<SocketAddr>) -> (Self, Dispatch, TelemetryGuard) {
         let log = Self::default();
         let config = TelemetryConfig {
             log: LogConfig { level: "info,access=debug".to_owned(), format: LogFormat::Json },
             otlp_endpoint: collector.map(|address| format!("http://{address}")),
             sample_percent: None,
         };
+        // While there is but one, tracing asks only the thread that comes to a line first whether it is wanted, and that may
+        // be one of a gateway without a log.
+        static SECOND: OnceLock<Dispatch> = OnceLock::new();
+        SECOND.get_or_init(|| Dispatch::new(NoSubscriber::default()));
         let writer = log.clone();
         let (subscriber, guard) =
             telemetry::build("isthmus-gateway", instance, &config, move || writer.clone()).unwrap();
         (log, Dispatch::new(subscriber), guard)
+    }
+
+    /// The lines with this message.
+    pub(super) fn lines(&self, message: &str) -> Vec<Value> {
+        let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+        let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).expect(line));
+        lines.filter(|line| line["fields"]["message"].as_str().is_some_and(|m| m.starts_with(message))).collect()
     }
 
     /// The fields of the lines about connections. Every line must be JSON.
@@ -63,22 +74,10 @@ impl Log {
         lines.filter(|line| line["target"] == "access").map(|line| line["fields"].clone()).collect()
     }
 
-    async fn one(&self) -> Value {
+    pub(super) async fn one(&self) -> Value {
         until("a line is written", || !self.accesses().is_empty()).await;
         assert_eq!(self.accesses().len(), 1);
         self.accesses().remove(0)
-    }
-}
-
-/// Shows these gateways each other; the first waits until the others are ready.
-async fn show(gateways: &[Gateway], members: &[(&str, &[SocketAddr])]) {
-    let global = introduce(gateways, members);
-    for (gateway, (_, endpoints)) in gateways.iter().zip(members) {
-        gateway.set_endpoints(endpoints);
-        gateway.set_global(&global);
-    }
-    for (other, _) in &members[1..] {
-        gateways[0].sees_ready(other).await;
     }
 }
 

@@ -17,15 +17,18 @@ use tokio::{sync::Semaphore, time};
 use super::{
     Close,
     control::{self, Control},
+    ending,
     link::{self, Link, RecvHalf, SendHalf, quic},
+    quiet::Quiet,
     registry::{Origin, Tunnel},
 };
-use crate::{core::Core, egress};
+use crate::{clock, core::Core, egress};
 
 /// The peers' links.
 #[derive(Debug, Default)]
 pub(crate) struct Inbound {
     links: Mutex<HashMap<u64, (ClusterName, Link)>>,
+    refused: Quiet,
 }
 
 impl Inbound {
@@ -121,7 +124,7 @@ async fn shake_hands(core: &Core, incoming: Incoming) -> Option<Connection> {
 
 async fn serve(core: &Arc<Core>, connection: Connection) {
     let id = quic::leaf(&connection).and_then(|leaf| tls::peer_id(Some(&[leaf])));
-    let link = Link::Quic(connection);
+    let link = Link::Quic(connection.into());
     let Ok(_place) = core.peer_slots.try_acquire() else {
         core.metrics.reject(Close::Overloaded.label());
         return link.close(Close::Overloaded);
@@ -142,11 +145,9 @@ pub(super) async fn member(core: &Arc<Core>, link: Link, control: Option<(SendHa
     let (id, remote) = (core.next_id(), link.remote_address());
     // So that one cluster cannot keep the others out.
     let refused = if !core.inbound.admit(id, &cluster, &link, core.config.tunnel.max_connections_per_cluster) {
-        tracing::warn!(%cluster, peer = %remote, "refused a gateway: its cluster has too many links");
         Some(Close::Overloaded)
     } else if !core.current_view().is_active(&cluster) || cluster == core.cluster {
         // Judged after it can be found: a revocation from here on closes it.
-        tracing::warn!(%cluster, peer = %remote, "refused a gateway whose cluster is no active member");
         Some(Close::NotAMember)
     } else {
         None
@@ -155,6 +156,13 @@ pub(super) async fn member(core: &Arc<Core>, link: Link, control: Option<(SendHa
         None => Member { core, link: &link, cluster: &cluster }.serve(control).await,
         Some(why) => {
             core.metrics.reject(why.label());
+            if let Some(times) = core.inbound.refused.times(&cluster, clock::now()) {
+                let words = match why {
+                    Close::Overloaded => "its cluster has too many links (tunnel.maxConnectionsPerCluster)",
+                    _ => "its cluster is no active member",
+                };
+                tracing::warn!(%cluster, peer = %remote, why = words, times, "refused a gateway; told once a minute");
+            }
             link.close(why);
             if let Some((mut send, _)) = control {
                 control::say_why(&mut send, &link).await;
@@ -196,10 +204,17 @@ impl Member<'_> {
         let tunnel = Arc::new(Tunnel::new(core, key.clone(), self.link.clone(), Origin::Accepted));
         core.registry.up(&tunnel);
         core.links_changed(self.cluster);
+        let closed = async {
+            tokio::select! {
+                () = streams(core, &tunnel) => {}
+                () = core.expiry(self.link) => self.link.close(Close::Replaced),
+            }
+            // The control stream notices, and tells the peer.
+            std::future::pending().await
+        };
         tokio::select! {
             () = control.run(core, &tunnel) => {}
-            () = streams(core, &tunnel) => {}
-            () = core.expiry(self.link) => self.link.close(Close::Replaced),
+            () = closed => {}
         }
         core.registry.down(&tunnel);
         if !core.registry.knows(&key) {
@@ -207,8 +222,12 @@ impl Member<'_> {
             core.metrics.forget_gateway(self.cluster, &gateway);
         }
         core.links_changed(self.cluster);
-        let why = self.link.why_closed().unwrap_or_default();
-        tracing::info!(cluster = %self.cluster, gateway, why, "peer disconnected");
+        let ending = ending::of(&tunnel, &core.config.tunnel);
+        if ending.planned {
+            tracing::info!(cluster = %self.cluster, gateway, why = ending.words, "peer disconnected");
+        } else {
+            tracing::warn!(cluster = %self.cluster, gateway, why = ending.words, "peer disconnected");
+        }
     }
 }
 

@@ -9,11 +9,11 @@ use std::{
 };
 
 use isthmus_api::proto::tunnel::v1::{Closing, ControlFrame, ControlHello, control_frame::Kind};
-use isthmus_model::{ids::check_label, local::Transport};
+use isthmus_model::ids::check_label;
 use tokio::time;
 
 use super::{
-    Close, VERSION,
+    Close, VERSION, ending,
     link::{Broken, Link, RecvHalf, SendHalf},
     registry::{Origin, Tunnel},
     session::{Own, Response, Rhythm, Session, Told},
@@ -26,8 +26,8 @@ use crate::{
 
 /// Words of a peer that come faster are taken in together: what follows from them costs more than to say them.
 const MERGE: Duration = Duration::from_millis(10);
-/// For the last bytes of a drained peer's streams.
-const LINGER: Duration = Duration::from_secs(2);
+/// For the last bytes of streams that have ended at the side that closes the link.
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// Why a control stream did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -70,11 +70,7 @@ impl Control {
     /// Serves the stream until the link ends or must end; closes it then.
     pub(crate) async fn run(self, core: &Core, tunnel: &Arc<Tunnel>) {
         let config = &core.config.tunnel;
-        // TCP tells nothing of packets, and sends a lost ping again after 200 ms or more, a second time after twice that.
-        let dead_after = match tunnel.link.transport() {
-            Transport::Quic => config.dead_after,
-            Transport::Tcp => config.dead_after * 2,
-        };
+        let dead_after = ending::dead_after(config, tunnel.link.transport());
         let rhythm = Rhythm { interval: config.ping_interval, dead_after };
         let session = Session::new(rhythm, clock::now());
         let mut running = Running { control: self, core, tunnel, session, followed: None, stale: false };
@@ -84,11 +80,19 @@ impl Control {
         };
         match ended {
             Some(End::Because(why)) => {
-                if why != Close::Drained {
+                // A link that has just been closed breaks its control stream, too: that is nobody's mistake.
+                if why != Close::Drained && tunnel.link.why_closed().is_none() {
                     core.metrics.reject(why.label());
                 }
                 tunnel.link.close(why);
             }
+            Some(End::Broken) => match &tunnel.link {
+                Link::Tcp(link) => {
+                    link.ended("its control connection broke: the peer or the way to it is gone".to_owned())
+                }
+                // Without its control stream a link is of no use; if the link itself broke, that reason stands.
+                Link::Quic(_) => tunnel.link.close(Close::Protocol),
+            },
             Some(End::ByPeer(reason)) => {
                 tunnel.link.closed_by_peer(reason);
                 if let Link::Tcp(link) = tunnel.link.clone() {
@@ -107,6 +111,8 @@ impl Control {
 /// How the conversation ended.
 enum End {
     Because(Close),
+    /// Without a word.
+    Broken,
     ByPeer(String),
 }
 
@@ -172,7 +178,8 @@ impl Running<'_> {
                 Event::Frame(Ok(frame)) => self.handle(frame).await,
                 Event::Frame(Err(error)) => {
                     tracing::debug!(error = &error as &dyn std::error::Error, "control stream ended");
-                    Err(Close::Protocol.into())
+                    let broken = matches!(error, FrameError::Ended | FrameError::Broken(_));
+                    Err(if broken { End::Broken } else { Close::Protocol.into() })
                 }
                 Event::Time => Ok(()),
                 Event::Stop => Err(Close::Drained.into()),

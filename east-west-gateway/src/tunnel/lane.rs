@@ -13,6 +13,7 @@ use std::{
 };
 
 use isthmus_identity::svid::Svid;
+use isthmus_model::local::Transport;
 use isthmus_runtime::backoff::Backoff;
 use quinn::Endpoint;
 use tokio::{sync::watch, time};
@@ -21,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Close, accept,
     control::{Control, HelloError},
+    ending,
     link::{self, Link, quic, tcp},
     registry::{Origin, PeerKey, Steer, Tunnel},
 };
@@ -48,6 +50,15 @@ pub(super) enum Lane {
     TcpWithoutQuic,
 }
 
+impl Lane {
+    fn transport(self) -> Transport {
+        match self {
+            Self::Quic => Transport::Quic,
+            Self::Tcp | Self::TcpWithoutQuic => Transport::Tcp,
+        }
+    }
+}
+
 /// Why a peer could not be reached.
 #[derive(Debug, thiserror::Error)]
 enum DialError {
@@ -57,8 +68,8 @@ enum DialError {
     Tcp(#[from] tcp::TcpError),
     #[error("open the control stream")]
     Control(#[from] HelloError),
-    #[error("no answer in time")]
-    Timeout,
+    #[error("no answer within {0:?}: is the gateway up, and does the way let {1} through?")]
+    Timeout(Duration, &'static str),
     #[error("the gateway at this address calls itself {0:?}")]
     OtherGateway(String),
 }
@@ -119,20 +130,27 @@ impl Peer {
                         continue;
                     }
                 }
-                Err(error) => {
-                    tracing::debug!(
-                        cluster = %self.key.0, gateway = self.key.1, address = %self.address,
-                        error = isthmus_runtime::tasks::chain(&error), "peer not reached"
-                    );
-                    self.core.registry.failed(&self.key);
-                    self.core.refresh(&self.key.0);
-                }
+                Err(error) => self.failed(lane, &error),
             }
             tokio::select! {
                 () = time::sleep(backoff.next()) => {}
                 _ = wake.changed() => {}
             }
         }
+    }
+
+    /// The first failure in a row is worth a look; the rest is in the status and the metrics.
+    fn failed(&self, lane: Lane, error: &DialError) {
+        let transport = lane.transport();
+        let (cluster, gateway) = &self.key;
+        let (address, over, error) = (self.address, link::label(transport), isthmus_runtime::tasks::chain(error));
+        self.core.metrics.dial_failed(cluster, gateway, over);
+        if self.core.registry.failed(&self.key, transport, error.clone()) {
+            tracing::warn!(%cluster, gateway, %address, transport = over, error, "peer not reached; trying on");
+        } else {
+            tracing::debug!(%cluster, gateway, %address, transport = over, error, "peer not reached");
+        }
+        self.core.refresh(cluster);
     }
 
     async fn dial(&self, lane: Lane) -> Result<(Link, Control), DialError> {
@@ -145,14 +163,19 @@ impl Peer {
                 }
                 Lane::Tcp | Lane::TcpWithoutQuic => tcp::dial(core, &self.key.0, self.address).await?,
             };
+            let opening = Opening { link: fresh.link, done: false };
             let control = Control::open(fresh.send, fresh.recv, &core.config.name).await?;
             if control.peer != self.key.1 {
-                fresh.link.close(Close::Protocol);
                 return Err(DialError::OtherGateway(control.peer));
             }
-            Ok((fresh.link, control))
+            Ok((opening.done(), control))
         };
-        time::timeout(core.config.tunnel.handshake_timeout, attempt).await.unwrap_or(Err(DialError::Timeout))
+        let deadline = core.config.tunnel.handshake_timeout;
+        let protocol = match lane.transport() {
+            Transport::Quic => "UDP",
+            Transport::Tcp => "TCP",
+        };
+        time::timeout(deadline, attempt).await.unwrap_or(Err(DialError::Timeout(deadline, protocol)))
     }
 
     /// From here until it ends or is replaced, new streams may use the link, and `before` takes none any more. Returns the
@@ -175,9 +198,9 @@ impl Peer {
         }
         let elsewhere = self.before.iter().filter_map(Weak::upgrade);
         before.into_iter().chain(elsewhere).for_each(|before| before.retire());
-        tracing::info!(
-            %cluster, gateway, address = %self.address, transport = link::label(transport), rtt = ?tunnel.rtt(), "tunnel up"
-        );
+        // TCP does not tell; the first probe will.
+        let rtt = Some(tunnel.rtt()).filter(|rtt| !rtt.is_zero()).map(tracing::field::debug);
+        tracing::info!(%cluster, gateway, address = %self.address, transport = link::label(transport), rtt, "tunnel up");
         if lane == Lane::TcpWithoutQuic && self.core.registry.set_downgraded(&self.key, true) {
             tracing::warn!(%cluster, gateway, "QUIC does not get through to this gateway: TCP stands in for it");
             self.core.metrics.downgrade(cluster);
@@ -187,10 +210,17 @@ impl Peer {
         self.core.tasks.spawn("tunnel.carry", self.clone().serve(tunnel.clone(), control, over.clone()));
         let (replaced, serves_on) = tokio::select! {
             () = over.cancelled() => (Ended::Lost, None),
-            () = replace => (Ended::Replace, Some(tunnel.clone())),
-            () = tunnel.succeeded.cancelled() => (Ended::Replace, Some(tunnel.clone())),
-            () = self.with_quic(), if lane == Lane::TcpWithoutQuic => (Ended::Replace, None),
+            () = replace => (Ended::Replace, Some((tunnel.clone(), "a certificate was renewed or nears its end"))),
+            () = tunnel.succeeded.cancelled() => (Ended::Replace, Some((tunnel.clone(), "the peer was taken over by its successor"))),
+            () = self.with_quic(), if lane == Lane::TcpWithoutQuic => {
+                tunnel.set_replaced_because("QUIC gets through again");
+                (Ended::Replace, None)
+            }
         };
+        let serves_on = serves_on.map(|(tunnel, why)| {
+            tunnel.set_replaced_because(why);
+            tunnel
+        });
         if serves_on.is_none() {
             tunnel.retire();
         }
@@ -203,13 +233,23 @@ impl Peer {
 
     async fn serve(self, tunnel: Arc<Tunnel>, control: Control, over: CancellationToken) {
         let core = &self.core;
+        let closed = async {
+            tokio::select! {
+                () = accept::streams(core, &tunnel) => {}
+                () = core.expiry(&tunnel.link) => {
+                    tunnel.set_replaced_because("the peer's certificate ended");
+                    tunnel.link.close(Close::Replaced);
+                }
+                () = tunnel.spent() => tunnel.link.close(Close::Drained),
+                // Whoever cancelled has closed the link with its reason.
+                () = self.steer.cancel.cancelled() => tunnel.link.close(Close::Drained),
+            }
+            // The control stream notices and tells the peer: without a word, it would take the link for broken.
+            std::future::pending().await
+        };
         tokio::select! {
             () = control.run(core, &tunnel) => {}
-            () = accept::streams(core, &tunnel) => {}
-            () = core.expiry(&tunnel.link) => tunnel.link.close(Close::Replaced),
-            () = tunnel.spent() => tunnel.link.close(Close::Replaced),
-            // Whoever cancelled has closed the link with its reason.
-            () = self.steer.cancel.cancelled() => {}
+            () = closed => {}
         }
         core.registry.down(&tunnel);
         core.links_changed(&self.key.0);
@@ -217,8 +257,13 @@ impl Peer {
         if tunnel.link.why_closed().is_none() {
             tunnel.link.close(Close::Drained);
         }
-        let why = tunnel.link.why_closed().unwrap_or_default();
-        tracing::info!(cluster = %self.key.0, gateway = self.key.1, why, "tunnel down");
+        let ending = ending::of(&tunnel, &core.config.tunnel);
+        let (cluster, gateway) = &self.key;
+        if ending.planned {
+            tracing::info!(%cluster, gateway, why = ending.words, "tunnel down");
+        } else {
+            tracing::warn!(%cluster, gateway, why = ending.words, "tunnel down");
+        }
         over.cancel();
     }
 
@@ -250,6 +295,27 @@ impl Peer {
     async fn with_quic(&self) {
         while !self.core.registry.has_quic(&self.key) {
             time::sleep(WATCH).await;
+        }
+    }
+}
+
+/// A link whose control stream is not open yet. One that comes to nothing is closed: over TCP it would dial for ever.
+struct Opening {
+    link: Link,
+    done: bool,
+}
+
+impl Opening {
+    fn done(mut self) -> Link {
+        self.done = true;
+        self.link.clone()
+    }
+}
+
+impl Drop for Opening {
+    fn drop(&mut self) {
+        if !self.done {
+            self.link.close(Close::Protocol);
         }
     }
 }

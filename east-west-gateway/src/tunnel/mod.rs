@@ -9,12 +9,14 @@
 
 pub(crate) mod accept;
 pub(crate) mod control;
+mod ending;
 pub(crate) mod inbox;
 mod lane;
 pub(crate) mod link;
 mod liveness;
 pub(crate) mod outbox;
 pub(crate) mod peers;
+mod quiet;
 pub(crate) mod registry;
 pub(crate) mod session;
 pub(crate) mod stalled;
@@ -27,7 +29,7 @@ pub(crate) const VERSION: u32 = 1;
 /// Why a connection is closed, as the peer sees it: QUIC application error codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Close {
-    /// The gateway has drained.
+    /// The gateway has drained, or the link, which another one has replaced.
     Drained,
     /// The peer's cluster is no active member.
     NotAMember,
@@ -37,13 +39,21 @@ pub(crate) enum Close {
     Dead,
     /// The peer broke the protocol.
     Protocol,
-    /// Replaced: the peer's address changed, or the gateway left its cluster's list.
+    /// The peer's address changed, its certificate has ended, or the gateway left its cluster's list.
     Replaced,
     /// Too many connections.
     Overloaded,
 }
 
 impl Close {
+    const ALL: [Self; 7] =
+        [Self::Drained, Self::NotAMember, Self::Revoked, Self::Dead, Self::Protocol, Self::Replaced, Self::Overloaded];
+
+    /// The one that goes by these words.
+    fn from_label(label: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|why| why.label() == label)
+    }
+
     /// The code on the wire.
     pub(crate) fn code(self) -> VarInt {
         VarInt::from_u32(match self {

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use isthmus_model::{global::ClusterState, ids::ClusterName};
+use isthmus_model::{global::ClusterState, ids::ClusterName, local::Transport};
 use quinn::Endpoint;
 
 use super::{
@@ -18,7 +18,12 @@ use super::{
     lane::{Lane, Peer},
     registry::{PeerKey, Steer},
 };
-use crate::{config::LinkTransport, core::Core, standing::Part, view::View};
+use crate::{
+    config::LinkTransport,
+    core::Core,
+    standing::{Area, Part},
+    view::View,
+};
 
 /// Follows the view until the gateway stops.
 pub(crate) async fn manage(core: Arc<Core>, endpoint: Endpoint) {
@@ -62,13 +67,18 @@ fn reconcile(core: &Arc<Core>, endpoint: &Endpoint) {
     }
     for (key, address) in &wanted {
         if current.get(key) != Some(address) {
+            let over = match core.config.tunnel.transport_to(&key.0) {
+                LinkTransport::Tcp => Transport::Tcp,
+                LinkTransport::Quic | LinkTransport::Auto => Transport::Quic,
+            };
             let steer = Steer::new(&core.stop);
-            let before = core.registry.add(key.clone(), *address, steer.clone());
+            let before = core.registry.add(key.clone(), (*address, over), steer.clone());
             touched.insert(key.0.clone());
             let (core, endpoint, key, address) = (core.clone(), endpoint.clone(), key.clone(), *address);
             reach(&Peer { core, endpoint, key, address, steer, before });
         }
     }
+    check_links(core, &view);
     core.inbound.close_if(|cluster| !view.is_active(cluster), Close::Revoked);
     if let Some(global) = &view.global {
         core.standing.followed(Part::Peers, global.stamp, true);
@@ -80,6 +90,20 @@ fn reconcile(core: &Arc<Core>, endpoint: &Endpoint) {
     // Exports may have changed for any of them.
     for cluster in touched.iter().chain(present.iter().copied()) {
         core.refresh(cluster);
+    }
+}
+
+/// An entry of `tunnel.links` for a cluster that there is not has no effect, as with a typing error.
+fn check_links(core: &Core, view: &View) {
+    let Some(global) = &view.global else { return };
+    let unknown = core.config.tunnel.links.keys().filter(|cluster| !global.clusters.contains_key(cluster));
+    let text =
+        |cluster| format!("tunnel.links: {cluster} is no cluster of this federation, so the entry has no effect");
+    let texts: Vec<String> = unknown.map(text).collect();
+    if core.standing.set_problems(Area::Links, texts.clone()) {
+        let known = global.clusters.keys().filter(|name| **name != core.cluster).map(ClusterName::as_str);
+        let known = known.collect::<Vec<_>>().join(", ");
+        texts.iter().for_each(|problem| tracing::warn!(problem, known, "correct the configuration"));
     }
 }
 

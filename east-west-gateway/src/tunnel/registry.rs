@@ -25,14 +25,15 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    control::LINGER,
     inbox::{MAX_SERVICES, Word},
     link::{Link, redundancy::LOSSY_PPM},
     outbox::Table,
-    stalled::Stalled,
+    stalled::{Stalled, Windows},
 };
 use crate::{availability::better_of_two, clock, core::Core};
 
-/// For a peer to learn of what is so here: a link that works, the end of a stream.
+/// For a peer to learn of a link that works here.
 const KNOWN: Duration = Duration::from_secs(1);
 
 /// One gateway of another cluster.
@@ -65,6 +66,7 @@ pub(crate) struct Tunnel {
     /// The peer's successor is to be dialled; this tunnel serves until that one's does.
     pub(crate) succeeded: CancellationToken,
     retired: CancellationToken,
+    replaced_because: OnceLock<&'static str>,
     retired_at: OnceLock<Instant>,
     idle: Notify,
     packets: Mutex<Packets>,
@@ -84,8 +86,8 @@ impl Tunnel {
     pub(crate) fn new(core: &Core, (cluster, gateway): PeerKey, link: Link, origin: Origin) -> Self {
         let rtt = micros(link.path().rtt);
         let config = &core.config.tunnel;
-        let shared_window = link.transport() == Transport::Quic;
-        let stalled = shared_window.then(|| Stalled::new(config.connection_window_bytes, config.stream_window_bytes));
+        let windows = Windows { connection: config.connection_window_bytes, stream: config.stream_window_bytes };
+        let stalled = link.resize_window().map(|resize| Stalled::new(windows, core.slow_readers.clone(), resize));
         Self {
             id: core.next_id(),
             cluster,
@@ -102,6 +104,7 @@ impl Tunnel {
             goaway: AtomicBool::new(false),
             succeeded: CancellationToken::new(),
             retired: CancellationToken::new(),
+            replaced_because: OnceLock::new(),
             retired_at: OnceLock::new(),
             idle: Notify::new(),
             packets: Mutex::default(),
@@ -145,6 +148,16 @@ impl Tunnel {
         self.retired.cancel();
     }
 
+    /// It ends, or will, for this reason.
+    pub(crate) fn set_replaced_because(&self, words: &'static str) {
+        self.replaced_because.get_or_init(|| words);
+    }
+
+    /// See above.
+    pub(crate) fn replaced_because(&self) -> Option<&'static str> {
+        self.replaced_because.get().copied()
+    }
+
     /// The peer should open its streams elsewhere, too. Not before it knows of the link that takes this one's place.
     pub(crate) fn is_past(&self) -> bool {
         self.retired_at.get().is_some_and(|at| clock::since(*at) >= KNOWN)
@@ -166,7 +179,7 @@ impl Tunnel {
             let changed = self.idle.notified();
             if idle() {
                 // The last stream's end may be on its way yet.
-                time::sleep(KNOWN).await;
+                time::sleep(LINGER).await;
                 if idle() {
                     return;
                 }
@@ -312,6 +325,10 @@ struct Dial {
     tried: bool,
     /// An `auto` link runs over TCP, since QUIC does not get through.
     downgraded: bool,
+    /// What it is to run over, if there is a choice.
+    transport: Transport,
+    /// Why the last attempt failed, and over what; until one succeeds over the same.
+    error: Option<(Transport, String)>,
 }
 
 /// A tunnel and what was said on it.
@@ -361,8 +378,10 @@ pub struct TunnelInfo {
     pub address: Option<SocketAddr>,
     /// It works.
     pub up: bool,
-    /// What carries it, while it is up.
-    pub transport: Option<Transport>,
+    /// What carries it; while it is down, what it is to run over.
+    pub transport: Transport,
+    /// Why the last attempt to dial it failed, if none has succeeded since over the same transport.
+    pub dial_error: Option<String>,
     /// It should run over QUIC and does not.
     pub downgraded: bool,
     /// Links that we dialled, and that the peer dialled.
@@ -379,9 +398,9 @@ pub struct TunnelInfo {
     pub packets_sent: u64,
     /// See above.
     pub packets_lost: u64,
-    /// The most that one of them has lost of late, per million sent.
+    /// What the link that the next stream would likely take has lost of late, per million sent (QUIC).
     pub loss_ppm: u32,
-    /// Congestion windows together, in bytes (QUIC).
+    /// Its congestion window, in bytes (QUIC).
     pub congestion_window: u64,
     /// How full it says it is, in permille.
     pub load_permille: u32,
@@ -398,9 +417,15 @@ pub(crate) struct Registry {
 }
 
 impl Registry {
-    /// A peer is to be dialled at `address`, and not where it was before. Returns the tunnels that lead there yet.
-    pub(crate) fn add(&self, key: PeerKey, address: SocketAddr, steer: Steer) -> Arc<[Weak<Tunnel>]> {
-        let dial = Dial { address, steer, tried: false, downgraded: false };
+    /// A peer is to be dialled at `address`, if possible over `transport`, and not where it was before. Returns the tunnels
+    /// that lead there yet.
+    pub(crate) fn add(
+        &self,
+        key: PeerKey,
+        (address, transport): (SocketAddr, Transport),
+        steer: Steer,
+    ) -> Arc<[Weak<Tunnel>]> {
+        let dial = Dial { address, steer, tried: false, downgraded: false, transport, error: None };
         let mut peers = self.lock();
         let peer = peers.entry(key).or_default();
         if let Some(before) = peer.dial.replace(dial) {
@@ -450,6 +475,7 @@ impl Registry {
             Origin::Dialled(address) => match peers.get_mut(&key_of(tunnel)) {
                 Some(Peer { dial: Some(dial), legs, .. }) if dial.address == address => {
                     dial.tried = true;
+                    dial.error.take_if(|(over, _)| *over == tunnel.link.transport());
                     legs.push(leg);
                     true
                 }
@@ -463,11 +489,18 @@ impl Registry {
         self.lock().values().filter_map(|peer| peer.dial.as_ref()).all(|dial| dial.tried)
     }
 
-    /// An attempt to reach the peer failed.
-    pub(crate) fn failed(&self, key: &PeerKey) {
-        if let Some(dial) = self.lock().get_mut(key).and_then(|peer| peer.dial.as_mut()) {
-            dial.tried = true;
-        }
+    /// An attempt to reach the peer over `transport` failed. Returns whether that is news.
+    pub(crate) fn failed(&self, key: &PeerKey, transport: Transport, error: String) -> bool {
+        let mut peers = self.lock();
+        let Some(dial) = peers.get_mut(key).and_then(|peer| peer.dial.as_mut()) else { return false };
+        dial.tried = true;
+        dial.error.replace((transport, error)).is_none()
+    }
+
+    /// Peers of which one was not tried yet.
+    pub(crate) fn untried(&self) -> Vec<PeerKey> {
+        let untried = |peer: &Peer| peer.dial.as_ref().is_some_and(|dial| !dial.tried);
+        self.lock().iter().filter(|(_, peer)| untried(peer)).map(|(key, _)| key.clone()).collect()
     }
 
     /// An `auto` link runs over TCP for want of QUIC, or does not any more. Returns whether that is news.
@@ -609,7 +642,8 @@ impl Registry {
             gateway: info.gateway,
             up: info.up && !info.draining,
             rtt_us: info.rtt_us,
-            transport: info.transport.unwrap_or_default(),
+            transport: info.transport,
+            dial_error: info.dial_error.unwrap_or_default(),
             downgraded: info.downgraded,
             loss_ppm: info.loss_ppm,
             cwnd_bytes: info.congestion_window,
@@ -629,7 +663,11 @@ impl Registry {
                 gateway: gateway.clone(),
                 address: peer.dial.as_ref().map(|dial| dial.address),
                 up: !tunnels.is_empty(),
-                transport: first.map(|t| t.link.transport()),
+                transport: first.map_or_else(
+                    || peer.dial.as_ref().map(|dial| dial.transport).unwrap_or_default(),
+                    |t| t.link.transport(),
+                ),
+                dial_error: peer.dial.as_ref().and_then(|dial| Some(dial.error.as_ref()?.1.clone())),
                 downgraded: peer.dial.as_ref().is_some_and(|dial| dial.downgraded),
                 links: tunnels.len(),
                 accepted: tunnels.iter().filter(|t| t.origin == Origin::Accepted).count(),
@@ -638,8 +676,8 @@ impl Registry {
                 rtt_us: first.map(|t| t.rtt_us.load(Ordering::Relaxed)).unwrap_or_default(),
                 packets_sent: paths.iter().map(|p| p.sent).sum(),
                 packets_lost: paths.iter().map(|p| p.lost).sum(),
-                loss_ppm: tunnels.iter().map(|t| t.loss_ppm()).max().unwrap_or_default(),
-                congestion_window: paths.iter().map(|p| p.window).sum(),
+                loss_ppm: first.map(|t| t.loss_ppm()).unwrap_or_default(),
+                congestion_window: first.map(|t| t.link.path().window).unwrap_or_default(),
                 load_permille: first.map(|t| t.load.load(Ordering::Relaxed)).unwrap_or_default(),
                 open_streams: tunnels.iter().map(|t| t.open.load(Ordering::Relaxed)).sum(),
                 ready: peer.table().iter().map(|(service, word)| (service.clone(), word.ready)).collect(),

@@ -124,6 +124,9 @@ pub struct TunnelState {
     pub loss_ppm: u32,
     /// Bytes that may be under way at once (congestion window); 0 if not measured.
     pub cwnd_bytes: u64,
+    /// Why the last attempt to dial it failed, for people; empty if none has since it was last up.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub dial_error: String,
 }
 
 /// A path, and which of the cluster's own gateways says so.
@@ -138,9 +141,16 @@ pub struct TunnelReport {
 }
 
 impl TunnelState {
-    /// Says the same as `other` but for what is measured: round-trip time, loss and congestion window.
+    /// Says the same as `other` but for what is measured (round-trip time, loss and congestion window), and for which
+    /// error the last of several failed attempts met.
     pub fn same_but_for_measures(&self, other: &Self) -> bool {
-        let unmeasured = |t: &Self| Self { rtt_us: 0, loss_ppm: 0, cwnd_bytes: 0, ..t.clone() };
+        let unmeasured = |t: &Self| Self {
+            rtt_us: 0,
+            loss_ppm: 0,
+            cwnd_bytes: 0,
+            dial_error: if t.dial_error.is_empty() { String::new() } else { "some".to_owned() },
+            ..t.clone()
+        };
         unmeasured(self) == unmeasured(other)
     }
 }

@@ -158,7 +158,7 @@ pub fn load_with_env<T: DeserializeOwned + Validate>(
     let value: T = de::deserialize(&root).map_err(|error| ConfigError::Field {
         place: error.origin.as_ref().map_or_else(|| path.display().to_string(), place),
         field: error.path,
-        message: error.message,
+        message: advised(error.message),
     })?;
     let mut problems = Problems::default();
     value.validate(&mut problems);
@@ -171,6 +171,23 @@ pub fn load_with_env<T: DeserializeOwned + Validate>(
         message,
     });
     Err(ConfigError::Invalid { file: path.to_owned(), problems: located.collect() })
+}
+
+/// The libraries' words for what does not fit a type, with what to write instead.
+fn advised(message: String) -> String {
+    let number = ["u16", "u32", "u64", "usize"].iter().any(|kind| message.ends_with(&format!("expected {kind}")));
+    let advice = match () {
+        () if message.contains("expected a duration") => "write a number with its unit, for example 400ms, 5s or 10m",
+        () if message.contains("invalid socket address syntax") => {
+            "write IP:port, for example 192.0.2.1:443; names are not looked up"
+        }
+        () if message.contains("invalid IP address syntax") => "write an IP address; names are not looked up",
+        () if number && message.contains("string") => {
+            "write a plain number without a unit; sizes are in bytes, so that 4 MiB are 4194304"
+        }
+        () => return message,
+    };
+    format!("{message}; {advice}")
 }
 
 fn read(path: &Path) -> Result<String, ConfigError> {

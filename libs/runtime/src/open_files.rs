@@ -15,6 +15,11 @@ pub fn raise() {
     }
 }
 
+/// How many files this process may have open once the limit is [raised](raise); `None`: as many as it likes.
+pub fn limit() -> Option<u64> {
+    getrlimit(Resource::Nofile).maximum
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -169,6 +169,10 @@ impl Tasks {
         };
         match &outcome {
             Ok(()) => tracing::info!(grace = ?grace, "draining"),
+            // What it is called is for whoever reads the code; what went wrong comes first.
+            Err(TaskError::Failed { name, source }) => {
+                tracing::error!(error = %chain(source.as_ref()), task = name, "stopping");
+            }
             Err(error) => tracing::error!(error = %chain(error), "stopping"),
         }
         self.inner.shutdown.request();

@@ -287,6 +287,22 @@ fn a_gateway_that_breaks_off_stays_and_one_that_says_goodbye_drains_until_it_ret
 }
 
 #[test]
+fn a_gateway_that_is_not_connected_for_a_day_is_forgotten_whether_it_said_goodbye_or_crashed() {
+    for end in [GatewayEvent::Lost, GatewayEvent::Goodbye] {
+        let mut state = state();
+        for (name, session) in [("gateway-1", 1), ("gateway-2", 2)] {
+            on_gateway(&mut state, name, session, GatewayEvent::Hello(gateway(name)), NOW);
+        }
+        on_gateway(&mut state, "gateway-1", 1, end, NOW);
+        state.tick(at(23 * 3600));
+        assert_eq!(state.view().gateways.len(), 2, "it may come back");
+        state.tick(at(25 * 3600));
+        assert_eq!(state.view().gateways.keys().collect::<Vec<_>>(), ["gateway-2"]);
+        assert_eq!(state.intent().unwrap().gateways.len(), 1);
+    }
+}
+
+#[test]
 fn what_a_dead_gateway_said_gives_way_to_the_living_after_a_while() {
     let mut state = state();
     for (name, session) in [("gateway-1", 1), ("gateway-2", 2)] {

@@ -4,7 +4,10 @@
 //! What must hold: bytes are exact, or the connection is reset; a cut is never an end; until the first byte came back the
 //! hello goes on elsewhere, whole; nothing hangs; a drain loses nothing; and the near gateway comes to know exactly what
 //! the far one can serve. `ISTHMUS_SIM_SEEDS=1000` plays more seeds, `ISTHMUS_SEED=N` begins with another one.
+//!
+//! That is QUIC; of links over TCP, [`control`] plays the conversation.
 
+mod control;
 mod net;
 mod script;
 mod world;

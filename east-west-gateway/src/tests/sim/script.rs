@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     hello::{HelloReader, Progress},
-    serve, splice,
+    splice,
     tests::rig,
     tunnel::Close,
 };
@@ -202,7 +202,7 @@ impl Stage {
             Fault::LinkLost => far.core.inbound.close_if(|_| true, Close::Protocol),
             Fault::Drain => {
                 let core = far.core.clone();
-                tokio::spawn(async move { serve::drain(&core, &core.tasks.shutdown()).await });
+                tokio::spawn(async move { crate::drain::drain(&core, &core.tasks.shutdown()).await });
             }
             Fault::ClientResets => self.client_resets.notify_one(),
             Fault::ServerResets => self.server_resets.notify_one(),

@@ -13,8 +13,9 @@ mod tolerant;
 use std::{
     future::Future,
     net::SocketAddr,
+    ops::Deref,
     pin::pin,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
@@ -25,7 +26,7 @@ use isthmus_model::local::Transport;
 use quinn::VarInt;
 use rustls::pki_types::CertificateDer;
 
-use super::Close;
+use super::{Close, ending};
 
 /// QUIC error code of a carried connection that ended abruptly.
 pub(crate) const RESET: VarInt = VarInt::from_u32(1);
@@ -49,9 +50,30 @@ pub(crate) struct Broken;
 #[derive(Clone, Debug)]
 pub(crate) enum Link {
     /// A QUIC connection.
-    Quic(quinn::Connection),
+    Quic(QuicLink),
     /// A group of TCP connections.
     Tcp(Arc<tcp::TcpLink>),
+}
+
+/// A QUIC connection, and why this end has closed it, which quinn does not tell.
+#[derive(Clone, Debug)]
+pub(crate) struct QuicLink {
+    connection: quinn::Connection,
+    own_reason: Arc<OnceLock<Close>>,
+}
+
+impl From<quinn::Connection> for QuicLink {
+    fn from(connection: quinn::Connection) -> Self {
+        Self { connection, own_reason: Arc::default() }
+    }
+}
+
+impl Deref for QuicLink {
+    type Target = quinn::Connection;
+
+    fn deref(&self) -> &Self::Target {
+        &self.connection
+    }
 }
 
 /// A link that was just made, with its control stream.
@@ -102,7 +124,13 @@ impl Link {
     /// Ends it and all its streams; the peer is told why. The first reason stands.
     pub(crate) fn close(&self, why: Close) {
         match self {
-            Self::Quic(connection) => connection.close(why.code(), why.label().as_bytes()),
+            // Quinn would let a later reason take the place of the first.
+            Self::Quic(link) => {
+                if link.close_reason().is_none() {
+                    link.own_reason.get_or_init(|| why);
+                    link.connection.close(why.code(), why.label().as_bytes());
+                }
+            }
             Self::Tcp(link) => link.close(why),
         }
     }
@@ -133,11 +161,19 @@ impl Link {
         }
     }
 
-    /// Whether it has ended, and why, for people.
+    /// Whether it has ended, and why: a [`Close::label`] if either end has said one, or words.
     pub(crate) fn why_closed(&self) -> Option<String> {
         match self {
-            Self::Quic(connection) => connection.close_reason().map(|reason| reason.to_string()),
+            Self::Quic(connection) => connection.close_reason().map(|reason| ending::quic(&reason)),
             Self::Tcp(link) => link.why_closed(),
+        }
+    }
+
+    /// Why this end has closed it, if it has.
+    pub(crate) fn own_reason(&self) -> Option<Close> {
+        match self {
+            Self::Quic(link) => link.own_reason.get().copied(),
+            Self::Tcp(link) => link.own_reason(),
         }
     }
 
@@ -163,6 +199,13 @@ impl Link {
             Self::Quic(connection) => quic::path(connection),
             Self::Tcp(_) => Path::default(),
         }
+    }
+
+    /// What sets the window that all its streams share for unread bytes, where they share one.
+    pub(crate) fn resize_window(&self) -> Option<Box<dyn Fn(u64) + Send + Sync>> {
+        let Self::Quic(connection) = self else { return None };
+        let connection = connection.clone();
+        Some(Box::new(move |bytes| connection.set_receive_window(VarInt::from_u64(bytes).unwrap_or(VarInt::MAX))))
     }
 
     /// What carries it.
@@ -249,18 +292,31 @@ impl SendHalf {
     }
 
     /// Resolves when the peer does not read any more, or has acknowledged a finished stream's end (QUIC), or when the
-    /// link has ended (TCP).
+    /// connection or its link has broken (TCP).
     pub(crate) fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
         let (quic, tcp) = match self {
             Self::Quic(send) => (Some(send.stopped()), None),
-            Self::Tcp(send) => (None, Some(send.link_closed())),
+            Self::Tcp(send) => (None, Some((send.link_closed(), send.broken()))),
         };
         async move {
             match (quic, tcp) {
                 (Some(stopped), _) => drop(stopped.await),
-                (None, Some(closed)) => closed.await,
+                (None, Some((closed, broken))) => {
+                    tokio::select! {
+                        () = closed => {}
+                        () = broken => {}
+                    }
+                }
                 (None, None) => {}
             }
+        }
+    }
+
+    /// Resolves when the link has ended, where the stream itself does not tell (TCP).
+    pub(crate) fn link_closed(&self) -> Option<impl Future<Output = ()> + Send + use<>> {
+        match self {
+            Self::Quic(_) => None,
+            Self::Tcp(send) => Some(send.link_closed()),
         }
     }
 }

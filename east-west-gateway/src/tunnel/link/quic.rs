@@ -1,8 +1,9 @@
 //! The QUIC transport: one UDP socket that both dials and accepts, and links over it.
 //!
-//! In: the bound socket (which a successor may come to share), the gateway's identity and the federation's roots. Out: a quinn endpoint whose handshakes are
-//! mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded by configuration. A peer whose
-//! address changes keeps its connections (RFC 9000, 9): quinn's server side follows it after validating the new path.
+//! In: the bound socket (which a successor may come to share), the gateway's identity and the federation's roots. Out: a
+//! quinn endpoint whose handshakes are mutual TLS 1.3 without resumption or 0-RTT. Windows, streams and buffers are bounded
+//! by configuration. A peer whose address changes keeps its connections (RFC 9000, 9): quinn's server side follows it after
+//! validating the new path.
 
 use std::{net::SocketAddr, os::fd::AsFd, sync::Arc, time::Duration};
 
@@ -22,11 +23,7 @@ use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
 use rustls::pki_types::CertificateDer;
 use socket2::SockRef;
 
-use super::{
-    Fresh, Link, Path, RecvHalf, SendHalf,
-    redundancy::{Redundancy, Redundant},
-    tolerant::TolerantConfig,
-};
+use super::{Fresh, Link, Path, RecvHalf, SendHalf, tolerant::TolerantConfig};
 use crate::{
     config::{Congestion, TunnelConfig},
     handover::{cids::CidKey, socket::SharedSocket},
@@ -96,14 +93,13 @@ pub(crate) fn gateway_of(federation: &TrustDomain, cluster: &ClusterName) -> Pee
 /// ours.
 pub(crate) fn endpoint(
     socket: Arc<SharedSocket>,
-    redundancy: Arc<Redundancy>,
     config: &TunnelConfig,
     identity: &Identity,
     garbage: Counter,
 ) -> Result<Endpoint, EndpointError> {
     grow_buffers(&*socket, config.socket_buffer_bytes);
     let key = socket.key();
-    endpoint_on(Arc::new(Redundant::new(socket, redundancy)), key, config, identity, garbage)
+    endpoint_on(socket, key, config, identity, garbage)
 }
 
 /// The same on anything that sends and receives datagrams; connection IDs are issued under `key`.
@@ -138,7 +134,7 @@ pub(crate) async fn dial(
 ) -> Result<Fresh, DialError> {
     let connection = connect(endpoint, config, identity, (cluster, address)).await?;
     let (send, recv) = connection.open_bi().await?;
-    Ok(Fresh { link: Link::Quic(connection), send: SendHalf::Quic(send), recv: RecvHalf::Quic(recv) })
+    Ok(Fresh { link: Link::Quic(connection.into()), send: SendHalf::Quic(send), recv: RecvHalf::Quic(recv) })
 }
 
 /// The same without a control stream.
@@ -211,7 +207,8 @@ fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
         .receive_window(VarInt::from_u32(config.connection_window_bytes))
         .send_window(config.connection_window_bytes.into())
         .max_idle_timeout(Some(idle))
-        .keep_alive_interval(Some(config.idle_timeout / 3))
+        // Signs of life even while all windows are used up and no ping gets through.
+        .keep_alive_interval(Some(config.ping_interval.min(config.idle_timeout / 3)))
         // A lost first packet is sent again after three times this; 333 ms would be a second lost.
         .initial_rtt(Duration::from_millis(100))
         .send_fairness(false)

@@ -1,30 +1,24 @@
 //! Small datagrams twice, to peers on paths that lose some: a lost request then costs no round trip.
 //!
-//! In: how lossy the path to each peer has been of late, told by the links, and every datagram that the endpoint sends. Out:
-//! the same datagrams, those that are small and alone a second time while the path is lossy. To the peer the copy is one
-//! that the network made (RFC 9000, 12.3: duplicates are discarded). What holds: nothing is sent twice on a path without
-//! loss; copies are bounded in bytes per second and peer; bulk, which goes out in batches, is never doubled, since there the
-//! next packets reveal a loss at once. While copies hide the losses that they cover, the path stays lossy for [`HOLD`]; then
-//! the losses show again, or not.
+//! In: how lossy the path to each peer has been of late, told by the links, and every datagram that the tunnel's socket
+//! sends. Out: the same datagrams, those that are small and alone a second time while the path is lossy. To the peer the
+//! copy is one that the network made (RFC 9000, 12.3: duplicates are discarded). What holds: nothing is sent twice on a path
+//! without loss; copies are bounded in bytes per second and peer; bulk, which goes out in batches, is never doubled, since
+//! there the next packets reveal a loss at once. While copies hide the losses that they cover, the path stays lossy for
+//! [`HOLD`]; then the losses show again, or not.
 
 use std::{
     collections::HashMap,
-    fmt,
-    io::{self, IoSliceMut},
+    io,
     net::SocketAddr,
-    pin::Pin,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll},
     time::{Duration, Instant},
 };
 
-use quinn::{
-    AsyncUdpSocket, UdpPoller,
-    udp::{RecvMeta, Transmit},
-};
+use quinn::udp::Transmit;
 
 use crate::clock;
 
@@ -63,6 +57,21 @@ impl Redundancy {
         self.any.store(true, Ordering::Relaxed);
     }
 
+    /// Sends by `send`; what deserves it, twice.
+    pub(crate) fn send(
+        &self,
+        transmit: &Transmit<'_>,
+        send: impl Fn(&Transmit<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        send(transmit)?;
+        let alone = transmit.segment_size.is_none_or(|size| transmit.contents.len() <= size);
+        if alone && self.doubles(transmit.destination, transmit.contents.len()) {
+            // A copy that does not fit into the socket's buffer is no loss.
+            drop(send(transmit));
+        }
+        Ok(())
+    }
+
     /// Whether a datagram of so many bytes to `peer` goes out twice.
     fn doubles(&self, peer: SocketAddr, bytes: usize) -> bool {
         if bytes > SMALL || !self.any.load(Ordering::Relaxed) {
@@ -89,65 +98,6 @@ impl Redundancy {
     fn lock(&self) -> MutexGuard<'_, HashMap<SocketAddr, Path>> {
         // Every section leaves the map whole, so a panic in another one does not spoil it.
         self.paths.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A socket that sends some datagrams twice.
-pub(crate) struct Redundant {
-    inner: Arc<dyn AsyncUdpSocket>,
-    redundancy: Arc<Redundancy>,
-}
-
-impl Redundant {
-    pub(crate) fn new(inner: Arc<dyn AsyncUdpSocket>, redundancy: Arc<Redundancy>) -> Self {
-        Self { inner, redundancy }
-    }
-}
-
-impl fmt::Debug for Redundant {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Redundant").field(&self.inner).finish()
-    }
-}
-
-impl AsyncUdpSocket for Redundant {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.inner.clone().create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.inner.try_send(transmit)?;
-        let alone = transmit.segment_size.is_none_or(|size| transmit.contents.len() <= size);
-        if alone && self.redundancy.doubles(transmit.destination, transmit.contents.len()) {
-            // A copy that does not fit into the socket's buffer is no loss.
-            drop(self.inner.try_send(transmit));
-        }
-        Ok(())
-    }
-
-    fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        buffers: &mut [IoSliceMut<'_>],
-        metas: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        self.inner.poll_recv(cx, buffers, metas)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments()
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
-    }
-
-    fn may_fragment(&self) -> bool {
-        self.inner.may_fragment()
     }
 }
 

@@ -46,6 +46,9 @@ impl From<&AvailabilityReport> for pb::AvailabilityReport {
     }
 }
 
+/// Characters that are kept of what a gateway says of a failed attempt.
+const MAX_DIAL_ERROR: usize = 300;
+
 impl TryFrom<common::TunnelStatus> for TunnelState {
     type Error = ConvertError;
 
@@ -65,6 +68,7 @@ impl TryFrom<common::TunnelStatus> for TunnelState {
             downgraded: p.downgraded && transport == Transport::Tcp,
             loss_ppm: p.loss_ppm.min(MILLION),
             cwnd_bytes: p.cwnd_bytes,
+            dial_error: p.dial_error.chars().filter(|c| !c.is_control()).take(MAX_DIAL_ERROR).collect(),
         })
     }
 }
@@ -84,6 +88,7 @@ impl From<&TunnelState> for common::TunnelStatus {
             downgraded: t.downgraded,
             loss_ppm: t.loss_ppm,
             cwnd_bytes: t.cwnd_bytes,
+            dial_error: t.dial_error.clone(),
         }
     }
 }

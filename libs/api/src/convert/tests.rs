@@ -209,6 +209,7 @@ fn tunnel() -> TunnelState {
         downgraded: true,
         loss_ppm: 12_000,
         cwnd_bytes: 64_000,
+        dial_error: "no answer".to_owned(),
     }
 }
 

@@ -44,6 +44,8 @@ use crate::{
 };
 
 const RECORD: &str = "agent.json";
+/// Written and removed before a token is spent.
+const PROBE: &str = ".probe";
 const ENROL_RETRY: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
 const RENEW_RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// No certificate is renewed sooner than this after it came, however short its life.
@@ -148,6 +150,7 @@ impl Newcomer {
 
     /// A new membership by token. Waits for an agent that cannot be reached, as long as the token is good.
     pub async fn enrol(self) -> Result<Member, EnrolError> {
+        self.try_folder()?;
         let mut backoff = Backoff::new(ENROL_RETRY.0, ENROL_RETRY.1);
         loop {
             match self.enrol_once().await {
@@ -176,6 +179,13 @@ impl Newcomer {
             None => {}
         }
         self.enrol().await
+    }
+
+    /// A token works once: it is not to be spent on a certificate that cannot be kept.
+    fn try_folder(&self) -> Result<(), EnrolError> {
+        let path = self.state_dir.join(PROBE);
+        let tried = files::write_secret(&path, &[0; 4_096]).and_then(|()| fs::remove_file(&path));
+        tried.map_err(|source| EnrolError::State { path, source })
     }
 
     fn keep(&self, record: &Record) -> Result<(), EnrolError> {
@@ -268,6 +278,7 @@ impl Member {
         if !self.has_ended() {
             return self.renew().await;
         }
+        self.newcomer.try_folder()?;
         let (record, svid) = self.newcomer.enrol_once().await?;
         self.is_ours(&svid)?;
         record.apply(&self.trust)?;

@@ -189,6 +189,22 @@ async fn tokens_that_cannot_work_are_told_with_the_remedy() {
 }
 
 #[tokio::test]
+async fn a_folder_that_cannot_be_written_to_costs_no_token() {
+    let (agent, dir) = (Agent::start(GATEWAY, DAY).await, tempfile::tempdir().unwrap());
+    agent.token("gateway/gw", dir.path());
+    // A file where the folder should be: even root cannot write below it.
+    let blocked = dir.path().join("file");
+    fs::write(&blocked, "").unwrap();
+    let newcomer = Newcomer { state_dir: blocked.join("state"), ..gateway(dir.path()) };
+    let error = chain(&timeout(DEADLINE, newcomer.enrol()).await.unwrap().unwrap_err());
+    assert!(error.contains("stateDir") && error.contains("file"), "{error}");
+    assert_eq!(agent.script.secrets.lock().unwrap().len(), 1, "the token was spent");
+    assert!(timeout(DEADLINE, gateway(dir.path()).enrol()).await.unwrap().is_ok());
+    assert!(!dir.path().join("state").join(PROBE).exists());
+    agent.end().await;
+}
+
+#[tokio::test]
 async fn an_agent_that_is_away_is_asked_again() {
     let (agent, dir) = (Agent::start(GATEWAY, DAY).await, tempfile::tempdir().unwrap());
     let mut token = agent.token("gateway/gw", dir.path());

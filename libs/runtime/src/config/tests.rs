@@ -22,6 +22,9 @@ struct Config {
     #[serde(default)]
     labels: BTreeMap<String, String>,
     advertise: Option<SocketAddr>,
+    #[serde(default, with = "humantime_serde")]
+    #[expect(dead_code, reason = "only refused values are looked at")]
+    patience: std::time::Duration,
 }
 
 #[derive(Debug, Deserialize)]
@@ -181,6 +184,7 @@ fn a_syntax_error_has_its_line() {
 fn a_key_given_twice_is_an_error() {
     let text = message(&format!("{GOOD}node: cp-2\n"), &[]);
     assert!(text.starts_with("cp.yaml:12:1: ") && text.contains("node"), "{text}");
+    assert!(text.ends_with("; keep one of them") && !text.contains("Policy"), "{text}");
 }
 
 #[test]
@@ -197,7 +201,11 @@ fn a_value_of_the_wrong_type_is_rejected_at_its_place() {
     let text = message(&GOOD.replace("8080", "80800"), &[]);
     assert_eq!(text, "cp.yaml:6:13: inbound[0].port: invalid value: integer `80800`, expected u16");
     let text = message(&GOOD.replace("127.1.0.1:7445", "everywhere"), &[]);
-    assert_eq!(text, "cp.yaml:4:41: listen.health: invalid socket address syntax");
+    assert_eq!(
+        text,
+        "cp.yaml:4:41: listen.health: invalid socket address syntax; \
+         write IP:port, for example 192.0.2.1:443; names are not looked up"
+    );
     let text = message(&GOOD.replace("protocol: http", "protocol: smtp"), &[]);
     assert_eq!(
         text,
@@ -213,6 +221,14 @@ fn a_number_where_a_name_belongs_says_to_quote_it() {
         "cp.yaml:2:7: node: invalid type: floating point `1.1`, expected a string; put the value in quotes"
     );
     assert_eq!(load_text(&GOOD.replace("cp-1", "\"1.10\""), &[]).unwrap().node, "1.10");
+}
+
+#[test]
+fn a_size_with_a_unit_and_a_duration_without_are_told_what_to_write() {
+    let text = message(&GOOD.replace("8080", "4MiB"), &[]);
+    assert!(text.contains("4MiB") && text.ends_with("sizes are in bytes, so that 4 MiB are 4194304"), "{text}");
+    let text = message(&format!("{GOOD}patience: 400\n"), &[]);
+    assert!(text.contains("400") && text.contains("; write a number with its unit, for example 400ms"), "{text}");
 }
 
 #[test]

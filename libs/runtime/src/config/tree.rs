@@ -65,7 +65,11 @@ pub(super) fn message_of(error: &serde_saphyr::Error) -> String {
     let text = error.without_snippet().to_string();
     let location = error.location();
     let place = location.map(|at| format!(" at line {}, column {}", at.line(), at.column()));
-    place.map_or_else(|| text.clone(), |place| text.replace(&place, ""))
+    let text = place.map_or_else(|| text.clone(), |place| text.replace(&place, ""));
+    // Advice for programs that call the parser.
+    text.split_once("DuplicateKeyPolicy")
+        .and_then(|(before, _)| before.rsplit_once([',', ';', '.', '(']))
+        .map_or_else(|| text.clone(), |(before, _)| format!("{}; keep one of them", before.trim_end()))
 }
 
 impl Node {

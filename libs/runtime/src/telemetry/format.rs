@@ -1,10 +1,12 @@
 //! Log lines with the fields `service` and `instance` in front, which the stock formats cannot add.
 //!
 //! The stock formats do the rest: their line is made first and ours is wrapped around it. One thing they cannot carry is a
-//! structured value: an event's field that is called `name.json` and holds JSON text becomes the value `name`.
+//! structured value: an event's field that is called `name.json` and holds JSON text becomes the value `name`. An event with
+//! such a field is complete by itself: its text line leaves out the spans, which would say everything twice.
 
 use std::fmt;
 
+use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::fmt::format::{Format, Full, Json, Writer};
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
@@ -77,6 +79,44 @@ where
     fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut writer: Writer<'_>, event: &Event<'_>) -> fmt::Result {
         SystemTime.format_time(&mut writer)?;
         write!(writer, " {} ", self.head)?;
+        let about = event.metadata();
+        if about.fields().iter().any(|field| field.name().ends_with(STRUCTURED)) {
+            write!(writer, "{:>5} {}:", about.level(), about.target())?;
+            let mut fields = Plain { writer: &mut writer, written: Ok(()) };
+            event.record(&mut fields);
+            fields.written?;
+            return writeln!(writer);
+        }
         self.inner.format_event(ctx, writer, event)
+    }
+}
+
+/// An event's fields as ` name=value`, JSON as it is.
+struct Plain<'a, 'w> {
+    writer: &'a mut Writer<'w>,
+    written: fmt::Result,
+}
+
+impl Plain<'_, '_> {
+    fn put(&mut self, name: &str, value: fmt::Arguments<'_>) {
+        if self.written.is_ok() {
+            self.written = match name {
+                "message" => write!(self.writer, " {value}"),
+                _ => write!(self.writer, " {name}={value}"),
+            };
+        }
+    }
+}
+
+impl Visit for Plain<'_, '_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.put(field.name(), format_args!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        match field.name().strip_suffix(STRUCTURED) {
+            Some(name) => self.put(name, format_args!("{value}")),
+            None => self.put(field.name(), format_args!("{value:?}")),
+        }
     }
 }

@@ -85,6 +85,18 @@ fn text_lines_carry_the_same() {
 }
 
 #[test]
+fn a_text_line_with_a_structured_field_is_readable_and_says_nothing_twice() {
+    let text = logged(&config("info", LogFormat::Text), || {
+        tracing::info_span!("connection", service = "shop/cart").in_scope(|| {
+            tracing::info!(target: "access", service = "shop/cart", tried.json = r#"[{"cluster":"west"}]"#, bytes = 7);
+        });
+    });
+    let line = r#"  INFO access: service="shop/cart" tried=[{"cluster":"west"}] bytes=7"#;
+    assert!(text.ends_with(&format!("{line}\n")), "{text}");
+    assert_eq!(text.matches("shop/cart").count(), 1, "{text}");
+}
+
+#[test]
 fn the_filter_decides_by_target_and_level() {
     let text = logged(&config("warn,chatty=debug", LogFormat::Text), || {
         tracing::info!("left out");

@@ -12,7 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use tokio::{sync::OwnedSemaphorePermit, time};
+use tokio::{io::Interest, sync::OwnedSemaphorePermit, time};
 use tokio_util::sync::CancellationToken;
 
 use super::tls::Tls;
@@ -128,6 +128,12 @@ impl Sender {
 
     pub(crate) fn link_closed(&self) -> impl Future<Output = ()> + Send + use<> {
         self.connection.0.link_closed.clone().cancelled_owned()
+    }
+
+    /// Resolves when the connection has broken, although nothing is read from it.
+    pub(crate) fn broken(&self) -> impl Future<Output = ()> + Send + use<> {
+        let tcp = self.connection.lock().tcp().clone();
+        async move { drop(tcp.ready(Interest::ERROR).await) }
     }
 
     fn poll<T>(&self, operate: impl FnOnce(&mut Tls) -> Poll<Result<T, Broken>>) -> Poll<Result<T, Broken>> {

@@ -14,6 +14,7 @@ use std::{
     future::poll_fn,
     io::{ErrorKind, IoSlice},
     net::Shutdown,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -38,7 +39,7 @@ const PIECES: usize = 64;
 
 /// One connection.
 pub(super) struct Tls {
-    tcp: TcpStream,
+    tcp: Arc<TcpStream>,
     keys: Keys,
     opener: Opener,
     sealer: Sealer,
@@ -65,7 +66,7 @@ impl Tls {
         let Established { tcp, secrets, keys, received, incoming, .. } = established;
         let suite = keys.suite().map_err(|_| Broken)?;
         Ok(Self {
-            tcp,
+            tcp: Arc::new(tcp),
             opener: Opener::new(suite, secrets.rx).map_err(|_| Broken)?,
             sealer: Sealer::new(suite, secrets.tx).map_err(|_| Broken)?,
             keys,
@@ -80,7 +81,7 @@ impl Tls {
         })
     }
 
-    pub(super) fn tcp(&self) -> &TcpStream {
+    pub(super) fn tcp(&self) -> &Arc<TcpStream> {
         &self.tcp
     }
 
@@ -278,7 +279,7 @@ impl Tls {
             self.finished = true;
         }
         ready!(self.poll_flush(cx))?;
-        Poll::Ready(SockRef::from(&self.tcp).shutdown(Shutdown::Write).or_else(|_| self.fail()))
+        Poll::Ready(SockRef::from(&*self.tcp).shutdown(Shutdown::Write).or_else(|_| self.fail()))
     }
 
     /// What comes is under the peer's next key.
