@@ -23,6 +23,7 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 use crate::{
     clock,
     core::Core,
+    egress::endpoint::Tried,
     metrics::Direction,
     splice::{Carried, End},
     tunnel::registry::Tunnel,
@@ -49,6 +50,9 @@ pub(crate) struct Attempt {
     pub(crate) cluster: ClusterName,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) gateway: Option<String>,
+    /// One of this cluster's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) endpoint: Option<SocketAddr>,
     pub(crate) outcome: &'static str,
     /// The far gateway's words.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -59,7 +63,12 @@ impl Attempt {
     /// One at `cluster`, through `tunnel`, that ended so.
     pub(crate) fn new(cluster: &ClusterName, tunnel: Option<&Tunnel>, outcome: &'static str) -> Self {
         let gateway = tunnel.map(|tunnel| tunnel.gateway.clone());
-        Self { cluster: cluster.clone(), gateway, outcome, detail: None }
+        Self { cluster: cluster.clone(), gateway, endpoint: None, outcome, detail: None }
+    }
+
+    /// One at an endpoint of `own`.
+    pub(crate) fn at(own: &ClusterName, tried: &Tried) -> Self {
+        Self { endpoint: Some(tried.endpoint), ..Self::new(own, None, tried.outcome) }
     }
 }
 
@@ -166,6 +175,8 @@ impl Access {
     /// The first byte came back.
     pub(crate) fn accepted(&mut self) {
         self.outcome = "accepted";
+        // Kept for as long as the connection is.
+        self.tried.shrink_to_fit();
         self.first_byte = Some(clock::since(self.began));
     }
 

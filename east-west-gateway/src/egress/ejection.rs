@@ -22,6 +22,17 @@ pub(crate) enum Failure {
     Outrun,
 }
 
+impl Failure {
+    /// As the access log says it.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Connect => "connect_failed",
+            Self::Closed => "closed",
+            Self::Outrun => "silent",
+        }
+    }
+}
+
 const SOFT_FAILURES: u32 = 2;
 
 /// The record of all endpoints that failed lately.

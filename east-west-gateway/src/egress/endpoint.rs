@@ -70,14 +70,25 @@ impl EndpointFailure {
     }
 }
 
+/// An endpoint that was asked, and how that ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tried {
+    pub(crate) endpoint: SocketAddr,
+    pub(crate) outcome: &'static str,
+}
+
 /// One that was asked.
 struct Asked {
     lease: Lease,
     at: Instant,
 }
 
-/// The first endpoint that answers the hello.
-pub(crate) async fn first_byte(core: &Arc<Core>, request: Request<'_>) -> Result<Answered, EndpointFailure> {
+/// The first endpoint that answers the hello. Who was asked is in `log`, even if nobody waits for the end.
+pub(crate) async fn first_byte(
+    core: &Arc<Core>,
+    request: Request<'_>,
+    log: &mut Vec<Tried>,
+) -> Result<Answered, EndpointFailure> {
     let Request { service, port, selector, hello, deadline } = request;
     let mut race = Race::new(clock::now() + deadline, core.config.egress.max_endpoints);
     let mut tried: Vec<SocketAddr> = Vec::new();
@@ -94,6 +105,7 @@ pub(crate) async fn first_byte(core: &Arc<Core>, request: Request<'_>) -> Result
                 };
                 let address = lease.address();
                 tried.push(address);
+                log.push(Tried { endpoint: address, outcome: "silent" });
                 asked.push(Asked { lease, at: clock::now() });
                 race.asked(core.pool.choices(service, port, selector, &tried), clock::now());
                 let attempt = attempt(address, hello, core.config.egress.connect_timeout);
@@ -110,6 +122,9 @@ pub(crate) async fn first_byte(core: &Arc<Core>, request: Request<'_>) -> Result
         let Some((address, outcome)) = ended else { continue };
         let Some(at) = asked.iter().position(|asked| asked.lease.address() == address) else { continue };
         let Asked { lease, at: asked_at } = asked.swap_remove(at);
+        if let Some(tried) = log.iter_mut().find(|tried| tried.endpoint == address) {
+            tried.outcome = outcome.as_ref().map_or_else(|failure| failure.label(), |_| "accepted");
+        }
         match outcome {
             Ok((tcp, first)) => {
                 let silent: Vec<_> = asked.iter().map(|a| (a.lease.address(), clock::since(a.at))).collect();

@@ -23,7 +23,7 @@ use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use self::endpoint::{Answered, EndpointFailure, Request};
 use crate::{
-    access::{Access, Route, Source},
+    access::{Access, Attempt, Route, Source},
     clock,
     core::Core,
     frame::{self, FrameReader, MAX_HEADER},
@@ -198,11 +198,14 @@ async fn place(
         hello: &hello,
         deadline: asked.deadline,
     };
-    tokio::select! {
-        answered = endpoint::first_byte(core, request) => answered.map_err(|failure| Some(failure.into())),
+    let mut log = Vec::new();
+    let answered = tokio::select! {
+        answered = endpoint::first_byte(core, request, &mut log) => answered.map_err(|failure| Some(failure.into())),
         // The dialler stops reading when it gives up, or when its client does.
         () = send.stopped() => Err(None),
-    }
+    };
+    log.iter().for_each(|tried| access.tried(Attempt::at(&core.cluster, tried)));
+    answered
 }
 
 fn check(header: StreamHeader) -> Result<Asked, Refusal> {

@@ -3,6 +3,7 @@
 
 use std::{
     fmt::Debug,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -45,7 +46,7 @@ fn control(frames: Vec<ControlFrame>) {
     let mut now = Instant::now();
     let rhythm = Rhythm { interval: STEP * 10, dead_after: STEP * 40 };
     let mut session = Session::new(rhythm, now);
-    let own = Table::new();
+    let own = Arc::default();
     for frame in frames {
         now += STEP;
         let Ok((_, wake)) =

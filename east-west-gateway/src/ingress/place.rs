@@ -30,8 +30,9 @@ use crate::{
 /// What the far gateway's answer needs on top of the round trip.
 const MARGIN: Duration = Duration::from_millis(50);
 
-/// Outcomes that tell of the service at a cluster rather than of the way there.
-const WANTING: [&str; 4] = ["rejected_connect_failed", "rejected_timeout", "rejected_no_endpoint", "silent"];
+/// Outcomes that tell of the service at a cluster rather than of the way there: what the far gateway has said. Silence may
+/// be the way's.
+const WANTING: [&str; 3] = ["rejected_connect_failed", "rejected_timeout", "rejected_no_endpoint"];
 
 /// Why a connection could not be placed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,18 +172,21 @@ impl Placing<'_> {
                 return Err(Unplaced::Budget);
             }
             first = false;
+            let mut endpoints = Vec::new();
             let attempt = async {
                 match &tunnel {
                     Some(tunnel) => self.through(tunnel, left, &access.traceparent()).await,
-                    None => self.locally(left).await,
+                    None => self.locally(left, &mut endpoints).await,
                 }
             };
             let outcome = tokio::select! {
-                outcome = attempt => outcome,
-                () = gone(self.client) => {
-                    self.core.metrics.attempt(&cluster, Unplaced::ClientGone.label());
-                    return Err(Unplaced::ClientGone);
-                }
+                outcome = attempt => Some(outcome),
+                () = gone(self.client) => None,
+            };
+            endpoints.iter().for_each(|tried| access.tried(Attempt::at(&cluster, tried)));
+            let Some(outcome) = outcome else {
+                self.core.metrics.attempt(&cluster, Unplaced::ClientGone.label());
+                return Err(Unplaced::ClientGone);
             };
             // A draining gateway may have a successor behind its other links.
             let may_differ = |label: &str| [LOST.label, SILENT.label, DRAINING].contains(&label);
@@ -190,7 +194,10 @@ impl Placing<'_> {
             let label = outcome.as_ref().map_or_else(|failed| failed.label, |_| "accepted");
             self.core.metrics.attempt(&cluster, label);
             let detail = outcome.as_ref().err().and_then(|failed| failed.detail.clone());
-            access.tried(Attempt { detail, ..Attempt::new(&cluster, tunnel.as_deref(), label) });
+            // Of the own endpoints, each was written down.
+            if endpoints.is_empty() {
+                access.tried(Attempt { detail, ..Attempt::new(&cluster, tunnel.as_deref(), label) });
+            }
             tried.extend(tunnel.map(|tunnel| Tried { tunnel, refused }));
             match outcome {
                 Ok(placed) => {
@@ -218,7 +225,7 @@ impl Placing<'_> {
         }
     }
 
-    async fn locally(&self, deadline: Duration) -> Result<Placed, Failed> {
+    async fn locally(&self, deadline: Duration, log: &mut Vec<endpoint::Tried>) -> Result<Placed, Failed> {
         let view = self.core.current_view();
         let Some(service) = view.service(&self.route.service) else {
             return Err(Failed::new("gone", After::NextCluster));
@@ -230,7 +237,7 @@ impl Placing<'_> {
             hello: self.hello,
             deadline,
         };
-        match endpoint::first_byte(self.core, request).await {
+        match endpoint::first_byte(self.core, request, log).await {
             Ok(Answered { tcp, first, lease }) => {
                 Ok(Placed { far: Far::Tcp(tcp), first, held: HeldBy::Endpoint(lease) })
             }

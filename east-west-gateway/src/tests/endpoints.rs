@@ -104,9 +104,9 @@ async fn where_all_endpoints_hang_the_connection_goes_elsewhere_and_none_is_put_
         assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     }
     let metrics = &gateways[0].core().await.metrics;
-    // Whether the far gateway's word still comes in time depends on how busy this machine is.
+    // Whether the far gateway's word still comes in time depends on how busy this machine is; if not, its other link is tried.
     let ends = ["rejected_timeout", "silent"].map(|end| metrics.attempted(&cluster("central"), end));
-    assert_eq!(ends.iter().sum::<u64>(), 2, "{ends:?}");
+    assert!((2..=4).contains(&ends.iter().sum::<u64>()), "{ends:?}");
     assert_eq!(gateways[1].core().await.metrics.ejected(), 0);
     assert_eq!(gateways[0].eligibility("central").as_deref(), Some("ready"));
 }

@@ -203,7 +203,11 @@ async fn a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carr
     let west_core = gateways[1].core().await;
     let draining = || west_core.registry.infos().iter().any(|t| t.links == 2 && !t.draining);
     until("west knows both links", draining).await;
-    exchange(&mut inward, &mut inward_served, b"until it ends").await;
+    // For longer than an idle one is kept.
+    let since = std::time::Instant::now();
+    while since.elapsed() < Duration::from_millis(2_500) {
+        exchange(&mut inward, &mut inward_served, b"until it ends").await;
+    }
     assert!(links().iter().any(|id| before.contains(id)), "it carries the other way");
     drop((inward, inward_served));
     until("the old link is given up", || links().iter().all(|id| !before.contains(id))).await;
@@ -380,6 +384,29 @@ async fn slow_readers_stall_nobody_else(over: LinkTransport) {
     let tunnels = gateways[0].inspector.tunnels();
     assert!(tunnels.iter().all(|t| t.up), "{tunnels:?}");
     assert_eq!(gateways[0].core().await.metrics.rejected("peer_dead"), 0);
+}
+
+#[tokio::test]
+async fn a_way_that_swallows_everything_is_not_held_against_the_service() {
+    let west = Server::bind().await.echo(b"west");
+    let patient = |config: &mut crate::Config| {
+        (config.tunnel.dead_after, config.tunnel.idle_timeout) = (Duration::from_secs(60), Duration::from_secs(120));
+    };
+    let gateways = [Gateway::start_with("east", patient).await, Gateway::start_with("west", patient).await];
+    let mut global = introduce(&gateways, &[("east", &[]), ("west", &[west])]);
+    let relay = Relay::before(gateways[1].tunnel).await;
+    global.clusters.get_mut(&cluster("east")).unwrap().gateways[0].tunnel = None;
+    global.clusters.get_mut(&cluster("west")).unwrap().gateways[0].tunnel = Some(relay.address);
+    gateways[1].set_endpoints(&[west]);
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    gateways[0].sees_ready("west").await;
+    relay.block_udp(true);
+    let name = sni(None);
+    let clients = futures_util::future::join_all((0..4).map(|_| knock(gateways[0].auto, &name))).await;
+    let core = gateways[0].core().await;
+    until("all attempts are given up", || core.metrics.attempted(&cluster("west"), "silent") == 4).await;
+    assert_eq!(core.metrics.rejected("service_out"), 0);
+    drop(clients);
 }
 
 async fn a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves(over: LinkTransport) {

@@ -97,9 +97,10 @@ async fn connect(entry: SocketAddr) -> SocketAddr {
 async fn a_line_tells_who_what_where_and_why_in_json() {
     let (near, near_log, _near) = Log::open("near", None);
     let (far, far_log, _far) = Log::open("far", None);
+    let (refused, dead_log, _refused) = Log::open("refused", None);
     let gateways = [
         Gateway::start_logging("east", near_log, |_| {}).await,
-        Gateway::start("central").await,
+        Gateway::start_logging("central", dead_log, |_| {}).await,
         Gateway::start_logging("west", far_log, |_| {}).await,
     ];
     let (dead, west) = (refusing().await, Server::bind().await.echo(b"west"));
@@ -143,7 +144,9 @@ async fn a_line_tells_who_what_where_and_why_in_json() {
     ] {
         assert_eq!(line[field], value, "{field} in {line}");
     }
-    assert_eq!(line["tried"], serde_json::json!([]));
+    assert_eq!(line["tried"], serde_json::json!([{ "cluster": "west", "endpoint": west, "outcome": "accepted" }]));
+    let tried = serde_json::json!([{ "cluster": "central", "endpoint": dead, "outcome": "connect_failed" }]);
+    assert_eq!(refused.one().await["tried"], tried);
 }
 
 /// A collector of spans.

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Close, accept,
-    control::{Control, HelloError, LINGER},
+    control::{Control, HelloError},
     ending,
     link::{self, Link, quic, tcp},
     registry::{Origin, PeerKey, Steer, Tunnel},
@@ -240,11 +240,7 @@ impl Peer {
                     tunnel.set_replaced_because("the peer's certificate ended");
                     tunnel.link.close(Close::Replaced);
                 }
-                () = tunnel.spent() => {
-                    // Streams that have ended here may have their last bytes on the way.
-                    time::sleep(LINGER).await;
-                    tunnel.link.close(Close::Drained);
-                }
+                () = tunnel.spent() => tunnel.link.close(Close::Drained),
                 // Whoever cancelled has closed the link with its reason.
                 () = self.steer.cancel.cancelled() => tunnel.link.close(Close::Drained),
             }
@@ -257,7 +253,10 @@ impl Peer {
         }
         core.registry.down(&tunnel);
         core.links_changed(&self.key.0);
-        tunnel.link.close(Close::Drained);
+        // One that the peer has ended in good order has a while for what is on its way.
+        if tunnel.link.why_closed().is_none() {
+            tunnel.link.close(Close::Drained);
+        }
         let ending = ending::of(&tunnel, &core.config.tunnel);
         let (cluster, gateway) = &self.key;
         if ending.planned {

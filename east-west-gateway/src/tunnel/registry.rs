@@ -18,10 +18,14 @@ use isthmus_model::{
     local::{Transport, TunnelState},
 };
 use serde::Serialize;
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    control::LINGER,
     inbox::{MAX_SERVICES, Word},
     link::{Link, redundancy::LOSSY_PPM},
     outbox::Table,
@@ -170,10 +174,15 @@ impl Tunnel {
     /// Resolves when it is retired and carries nothing more.
     pub(crate) async fn spent(&self) {
         self.retired.cancelled().await;
+        let idle = || self.open.load(Ordering::Acquire) == 0 && self.served.load(Ordering::Acquire) == 0;
         loop {
             let changed = self.idle.notified();
-            if self.open.load(Ordering::Acquire) == 0 && self.served.load(Ordering::Acquire) == 0 {
-                return;
+            if idle() {
+                // The last stream's end may be on its way yet.
+                time::sleep(LINGER).await;
+                if idle() {
+                    return;
+                }
             }
             changed.await;
         }

@@ -3,7 +3,10 @@
 //! Both ends run the same rules: each probes the other, tells what its own cluster can serve, how full it is, and that it
 //! drains. Frames come whole and in order; what does not belong ends the link with [`Close::Protocol`].
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use isthmus_api::proto::tunnel::v1::{ControlFrame, Goaway, Offers, Ping, control_frame::Kind};
 
@@ -19,8 +22,8 @@ pub(crate) use super::liveness::Rhythm;
 /// What this end has to say, as of now.
 #[derive(Debug)]
 pub(crate) struct Own<'a> {
-    /// What its cluster can serve.
-    pub(crate) table: &'a Table,
+    /// What its cluster can serve; another one if anything of it has changed.
+    pub(crate) table: &'a Arc<Table>,
     /// It takes nothing new.
     pub(crate) draining: bool,
     /// If so: a gateway of its name goes on.
@@ -59,6 +62,10 @@ pub(crate) enum Told {
 pub(crate) struct Session {
     liveness: Liveness,
     outbox: Outbox,
+    /// The table that the outbox has gone through, and when it must again although that has not changed: so that a peer's
+    /// frames, however many, cost nothing that grows with the services.
+    followed: Option<Arc<Table>>,
+    again: Option<Instant>,
     told_draining: bool,
     told_offers: u32,
     seen_packets: u64,
@@ -79,6 +86,8 @@ impl Session {
         Self {
             liveness: Liveness::new(rhythm, now),
             outbox: Outbox::default(),
+            followed: None,
+            again: None,
             told_draining: false,
             told_offers: 0,
             seen_packets: 0,
@@ -92,7 +101,7 @@ impl Session {
             self.seen_packets = own.packets;
             self.liveness.sign(now);
         }
-        let mut wake = loop {
+        let wake = loop {
             match self.liveness.poll(now) {
                 Action::Ping(sequence) => out.push(Kind::Ping(Ping { sequence, load_permille: 0 })),
                 Action::Wait(until) => break until,
@@ -107,12 +116,14 @@ impl Session {
             self.told_offers = own.offers;
             out.push(Kind::Offers(Offers { connections: own.offers }));
         }
-        let (updates, later) = self.outbox.poll(own.table, now);
-        out.extend(updates.into_iter().map(Kind::Availability));
-        if let Some(later) = later {
-            wake = wake.min(later);
+        let changed = self.followed.as_ref().is_none_or(|followed| !Arc::ptr_eq(followed, own.table));
+        if changed || self.again.is_some_and(|again| again <= now) {
+            let (updates, again) = self.outbox.poll(own.table, now);
+            out.extend(updates.into_iter().map(Kind::Availability));
+            self.again = again;
+            self.followed = Some(own.table.clone());
         }
-        Ok((out, wake))
+        Ok((out, self.again.map_or(wake, |again| wake.min(again))))
     }
 
     /// The peer's answers are overdue.
@@ -145,19 +156,21 @@ impl Session {
 
 #[cfg(test)]
 mod tests {
+    use isthmus_model::availability::Availability;
+
     use super::*;
 
     const MS: Duration = Duration::from_millis(1);
     const RHYTHM: Rhythm = Rhythm { interval: Duration::from_millis(100), dead_after: Duration::from_millis(400) };
 
-    fn own(table: &Table) -> Own<'_> {
+    fn own(table: &Arc<Table>) -> Own<'_> {
         Own { table, draining: false, succeeded: false, offers: 0, packets: 0 }
     }
 
     #[test]
     fn it_begins_with_a_probe_and_a_snapshot() {
         let now = Instant::now();
-        let (out, wake) = Session::new(RHYTHM, now).poll(&own(&Table::new()), now).unwrap();
+        let (out, wake) = Session::new(RHYTHM, now).poll(&own(&Arc::default()), now).unwrap();
         assert!(matches!(out.as_slice(), [Kind::Ping(_), Kind::Availability(first)] if first.snapshot), "{out:?}");
         assert_eq!(wake, now + RHYTHM.interval);
     }
@@ -166,7 +179,7 @@ mod tests {
     fn that_it_drains_is_said_once() {
         let now = Instant::now();
         let mut session = Session::new(RHYTHM, now);
-        let table = Table::new();
+        let table = Arc::default();
         let mut said = 0;
         for i in 0..3 {
             let (out, _) = session.poll(&Own { draining: true, ..own(&table) }, now + MS * i).unwrap();
@@ -176,10 +189,37 @@ mod tests {
     }
 
     #[test]
+    fn a_change_that_had_to_wait_goes_out_in_time_although_the_table_stays_the_same() {
+        let start = Instant::now();
+        let mut session = Session::new(RHYTHM, start);
+        let table = |ready| {
+            let availability = Availability { ready, total: 3, reachable: true };
+            Arc::new(Table::from([(crate::testkit::service_name(), availability)]))
+        };
+        let mut said = |table: &Arc<Table>, at: Duration| {
+            let (out, wake) = session.poll(&own(table), start + at).unwrap();
+            let updates = out.into_iter().filter_map(|kind| match kind {
+                Kind::Availability(update) => update.services.first().map(|service| service.ready),
+                _ => None,
+            });
+            (updates.collect::<Vec<_>>(), wake - start)
+        };
+        let (one, two) = (table(1), table(2));
+        assert_eq!(said(&one, MS * 30).0, vec![1]);
+        // At most one mention in 100 ms.
+        assert_eq!(said(&two, MS * 50), (Vec::<u32>::new(), MS * 130));
+        for ms in 51..130 {
+            assert!(said(&two, MS * ms).0.is_empty(), "{ms}");
+        }
+        assert_eq!(said(&two, MS * 130).0, vec![2]);
+        assert!(said(&two, MS * 300).0.is_empty());
+    }
+
+    #[test]
     fn a_pong_tells_the_load() {
         let now = Instant::now();
         let mut session = Session::new(RHYTHM, now);
-        session.poll(&own(&Table::new()), now).unwrap();
+        session.poll(&own(&Arc::default()), now).unwrap();
         let pong = Some(Kind::Pong(Ping { sequence: 1, load_permille: 700 }));
         let response = session.heard(ControlFrame { kind: pong }, 0, now + MS * 5).unwrap();
         assert_eq!(response.told, Some(Told::Alive { rtt: MS * 5, load_permille: 700 }));
@@ -189,7 +229,7 @@ mod tests {
     fn silence_is_death() {
         let now = Instant::now();
         let mut session = Session::new(RHYTHM, now);
-        let table = Table::new();
+        let table = Arc::default();
         let died = (0..1_000).find(|i| session.poll(&own(&table), now + MS * *i).is_err());
         assert!((400..=500).contains(&died.unwrap()), "{died:?}");
     }
