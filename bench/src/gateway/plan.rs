@@ -71,7 +71,7 @@ impl Plan {
                 connections: 64,
                 paced: span(1.0, 8.0),
                 connect: span(0.3, 4.0),
-                streams: &[1, 8],
+                streams: &[1, 8, 64],
                 bulk: span(1.5, 4.0),
             },
         }

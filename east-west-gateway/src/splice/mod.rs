@@ -104,6 +104,12 @@ pub(crate) struct Limits<'a> {
 pub(crate) async fn splice(near: &TcpStream, far: &mut Far, first: Bytes, limits: Limits<'_>) -> Carried {
     let out = AtomicU64::new(0);
     let back = AtomicU64::new(0);
+    // Whatever ends this process from here on is a reset to both: the kernel would end a killed one's connections in good
+    // order, and a cut would be taken for an end.
+    abort(near);
+    if let Far::Tcp(tcp) = far {
+        abort(tcp);
+    }
     let end = {
         let (far_read, far_write) = match far {
             Far::Tunnel(send, recv) => (Reader::Link(recv), Writer::Link(send)),
@@ -122,16 +128,19 @@ pub(crate) async fn splice(near: &TcpStream, far: &mut Far, first: Bytes, limits
             () = limits.force.cancelled() => End::Forced,
         }
     };
-    if end != End::Finished {
-        abort(near);
-        match far {
-            Far::Tunnel(send, recv) => link::reset(send, recv),
-            Far::Tcp(tcp) => abort(tcp),
+    match (end, far) {
+        (End::Finished, far) => {
+            keep(near);
+            match far {
+                Far::Tcp(tcp) => keep(tcp),
+                Far::Tunnel(send @ SendHalf::Quic(_), _) if limits.draining.is_cancelled() => {
+                    drop(time::timeout(LINGER, send.stopped()).await);
+                }
+                Far::Tunnel(..) => {}
+            }
         }
-    } else if limits.draining.is_cancelled()
-        && let Far::Tunnel(send @ SendHalf::Quic(_), _) = far
-    {
-        drop(time::timeout(LINGER, send.stopped()).await);
+        (_, Far::Tunnel(send, recv)) => link::reset(send, recv),
+        (_, Far::Tcp(_)) => {}
     }
     Carried { out: out.into_inner(), back: back.into_inner(), end }
 }
