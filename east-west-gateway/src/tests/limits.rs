@@ -105,7 +105,13 @@ async fn a_link_over_tcp_carries_no_more_streams_than_a_peer_may_have() {
         config.tunnel.transport = LinkTransport::Tcp;
         config.tunnel.max_streams_per_peer = 2;
     };
-    let (gateways, _) = linked_with(few, &[("east", &[]), ("west", &[west])]).await;
+    let gateways = [Gateway::start_with("east", few).await, Gateway::start_with("west", few).await];
+    let mut global = introduce(&gateways, &[("east", &[]), ("west", &[west])]);
+    // Only east dials, so that there is one link.
+    global.clusters.get_mut(&cluster("east")).unwrap().gateways.clear();
+    gateways[1].set_endpoints(&[west]);
+    gateways.iter().for_each(|gateway| gateway.set_global(&global));
+    gateways[0].sees_ready("west").await;
     let mut held = Vec::new();
     for _ in 0..2 {
         let mut client = knock(gateways[0].auto, &sni(None)).await;

@@ -44,6 +44,8 @@ use crate::{clock, config::TcpConfig, core::Core, splice, tunnel::Close};
 pub(crate) const ALPN: &[u8] = b"isthmus-tcp/1";
 /// The longest first frame.
 const MAX_PREFACE: usize = 64;
+/// How long to wait for a connection that the peer should offer. It may not know that we need one.
+const OFFER: Duration = Duration::from_millis(500);
 /// Streams that the peer opened and nobody has taken yet.
 const BACKLOG: usize = 128;
 
@@ -135,6 +137,7 @@ impl TcpLink {
                 None => tokio::select! {
                     () = arrived => {}
                     () = self.closed.cancelled() => return Err(Broken),
+                    () = time::sleep(OFFER) => return Err(Broken),
                 },
             }
         };
