@@ -271,7 +271,7 @@ async fn a_peer_that_calls_for_its_successor_over_and_over_is_dialled_with_pause
             let (mut send, recv) = connection.accept_bi().await.unwrap();
             let words = [greeting("gateway-1"), framed(Kind::Goaway(Goaway { successor: true }))].concat();
             send.write_all(&words).await.unwrap();
-            links.push((connection, SendHalf::Quic(send), recv));
+            links.push((connection, SendHalf::Quic(send.into()), recv));
         }
     });
     let began = std::time::Instant::now();

@@ -164,7 +164,7 @@ impl Peer {
     async fn connect(name: &str, to: &Gateway) -> Self {
         let (connection, endpoint) = Self::dial(name, to).await;
         let (send, recv) = connection.open_bi().await.unwrap();
-        let control = Control::open(SendHalf::Quic(send), RecvHalf::Quic(recv), "by-hand").await.unwrap();
+        let control = Control::open(SendHalf::Quic(send.into()), RecvHalf::Quic(recv), "by-hand").await.unwrap();
         Self { connection, _control: control, _endpoint: endpoint }
     }
 

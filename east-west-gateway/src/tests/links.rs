@@ -24,6 +24,7 @@ over_both!(
     slow_readers_stall_nobody_else,
     a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves,
     steady_downloads_over_one_link_all_arrive,
+    more_bulk_than_the_windows_hold_delays_neither_probes_nor_new_connections,
 );
 
 /// East and west, where `dialled` says at which address the other one finds each; `None`: not at all.
@@ -462,4 +463,34 @@ async fn steady_downloads_over_one_link_all_arrive(over: LinkTransport) {
     let ends = clients.join_all().await;
     let cut: Vec<_> = ends.iter().filter(|(taken, error)| *taken != SIZE || error.is_some()).collect();
     assert!(cut.is_empty(), "{} of {} downloads were reset: {cut:?}", cut.len(), ends.len());
+}
+
+async fn more_bulk_than_the_windows_hold_delays_neither_probes_nor_new_connections(over: LinkTransport) {
+    let west = Server::bind().await;
+    let small = |config: &mut crate::Config| {
+        config.tunnel.transport = over;
+        config.tunnel.stream_window_bytes = 256 * 1024;
+        config.tunnel.connection_window_bytes = 1 << 20;
+        config.tunnel.slow_reader_bytes = 0;
+    };
+    let (gateways, _) = super::rig::linked_with(small, &[("east", &[]), ("west", &[west.address])]).await;
+    let mut bulk = tokio::task::JoinSet::new();
+    for _ in 0..32 {
+        let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+        bulk.spawn(async move { while served.write_all(&[7; 64 * 1024]).await.is_ok() {} });
+        bulk.spawn(async move {
+            let mut buffer = vec![0; 64 * 1024];
+            while client.read(&mut buffer).await.is_ok_and(|n| n > 0) {}
+        });
+    }
+    // Each within an attempt's deadline, for longer than a link without answers lives.
+    let began = std::time::Instant::now();
+    while began.elapsed() < Duration::from_secs(3) {
+        let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+        exchange(&mut client, &mut served, b"meanwhile").await;
+    }
+    for gateway in &gateways {
+        assert_eq!(gateway.core().await.metrics.rejected("peer_dead"), 0);
+    }
+    bulk.abort_all();
 }

@@ -5,6 +5,7 @@
 //! lost link and a cut arrive as [`Broken`]. The peer's certificate was verified when the link was made; what its cluster
 //! may do is judged by whoever uses the link.
 
+mod gate;
 pub(crate) mod quic;
 pub(crate) mod redundancy;
 pub(crate) mod tcp;
@@ -26,6 +27,7 @@ use isthmus_model::local::Transport;
 use quinn::VarInt;
 use rustls::pki_types::CertificateDer;
 
+use self::gate::{Gate, GatedSend};
 use super::{Close, ending};
 
 /// QUIC error code of a carried connection that ended abruptly.
@@ -60,11 +62,19 @@ pub(crate) enum Link {
 pub(crate) struct QuicLink {
     connection: quinn::Connection,
     own_reason: Arc<OnceLock<Close>>,
+    gate: Arc<Gate>,
 }
 
 impl From<quinn::Connection> for QuicLink {
     fn from(connection: quinn::Connection) -> Self {
-        Self { connection, own_reason: Arc::default() }
+        Self { connection, own_reason: Arc::default(), gate: Arc::default() }
+    }
+}
+
+impl QuicLink {
+    /// Both halves of one of its streams.
+    pub(crate) fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
+        (SendHalf::Quic(GatedSend::new(send, self.gate.clone())), RecvHalf::Quic(recv))
     }
 }
 
@@ -102,10 +112,7 @@ impl Link {
     /// A new stream to the peer. The caller sets the deadline.
     pub(crate) async fn open(&self) -> Result<(SendHalf, RecvHalf), Broken> {
         match self {
-            Self::Quic(connection) => {
-                let (send, recv) = connection.open_bi().await.map_err(|_| Broken)?;
-                Ok((SendHalf::Quic(send), RecvHalf::Quic(recv)))
-            }
+            Self::Quic(link) => Ok(link.halves(link.open_bi().await.map_err(|_| Broken)?)),
             Self::Tcp(link) => link.open().await,
         }
     }
@@ -113,10 +120,7 @@ impl Link {
     /// The next stream that the peer opens; `None` when the link has ended. Cancel-safe.
     pub(crate) async fn accept(&self) -> Option<(SendHalf, RecvHalf)> {
         match self {
-            Self::Quic(connection) => {
-                let (send, recv) = connection.accept_bi().await.ok()?;
-                Some((SendHalf::Quic(send), RecvHalf::Quic(recv)))
-            }
+            Self::Quic(link) => Some(link.halves(link.accept_bi().await.ok()?)),
             Self::Tcp(link) => link.accept().await,
         }
     }
@@ -220,23 +224,23 @@ impl Link {
 /// The direction of a stream that is written.
 #[derive(Debug)]
 pub(crate) enum SendHalf {
-    Quic(quinn::SendStream),
+    Quic(GatedSend),
     Tcp(tcp::Sender),
 }
 
 impl SendHalf {
-    /// All of `bytes`, copied.
+    /// All of `bytes`, copied; they are few.
     pub(crate) async fn write_all(&mut self, bytes: &[u8]) -> Result<(), Broken> {
         match self {
-            Self::Quic(send) => send.write_all(bytes).await.map_err(|_| Broken),
+            Self::Quic(send) => send.write_short(Bytes::copy_from_slice(bytes)).await,
             Self::Tcp(send) => send.write_all(bytes).await,
         }
     }
 
-    /// All of `chunk`.
+    /// All of `chunk`, which is short: it goes ahead of what [`SendHalf::poll_write`] writes to the same link.
     pub(crate) async fn write_chunk(&mut self, chunk: Bytes) -> Result<(), Broken> {
         match self {
-            Self::Quic(send) => send.write_chunk(chunk).await.map_err(|_| Broken),
+            Self::Quic(send) => send.write_short(chunk).await,
             Self::Tcp(send) => send.write_chunk(chunk).await,
         }
     }
@@ -244,10 +248,7 @@ impl SendHalf {
     /// Some of `chunks`, at least a byte; what is written is gone from them.
     pub(crate) fn poll_write(&mut self, cx: &mut Context<'_>, chunks: &mut [Bytes]) -> Poll<Result<usize, Broken>> {
         match self {
-            // The future holds nothing between polls that a new one would not find out.
-            Self::Quic(send) => {
-                pin!(send.write_chunks(chunks)).poll(cx).map_ok(|written| written.bytes).map_err(|_| Broken)
-            }
+            Self::Quic(send) => send.poll_bulk(cx, chunks),
             Self::Tcp(send) => send.poll_write(cx, chunks),
         }
     }
@@ -343,7 +344,7 @@ impl RecvHalf {
     /// As [`RecvHalf::chunk`].
     pub(crate) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         match self {
-            // As in `poll_write`.
+            // The future holds nothing between polls that a new one would not find out.
             Self::Quic(recv) => {
                 let read = pin!(recv.read_chunk(64 * 1024, true)).poll(cx);
                 read.map_ok(|chunk| chunk.map(|c| c.bytes)).map_err(|_| Broken)

@@ -23,7 +23,7 @@ use quinn_proto::{HashedConnectionIdGenerator, InvalidCid};
 use rustls::pki_types::CertificateDer;
 use socket2::SockRef;
 
-use super::{Fresh, Link, Path, RecvHalf, SendHalf, tolerant::TolerantConfig};
+use super::{Fresh, Link, Path, QuicLink, tolerant::TolerantConfig};
 use crate::{
     config::{Congestion, TunnelConfig},
     handover::{cids::CidKey, socket::SharedSocket},
@@ -133,8 +133,9 @@ pub(crate) async fn dial(
     (cluster, address): (&ClusterName, SocketAddr),
 ) -> Result<Fresh, DialError> {
     let connection = connect(endpoint, config, identity, (cluster, address)).await?;
-    let (send, recv) = connection.open_bi().await?;
-    Ok(Fresh { link: Link::Quic(connection.into()), send: SendHalf::Quic(send), recv: RecvHalf::Quic(recv) })
+    let link = QuicLink::from(connection);
+    let (send, recv) = link.halves(link.open_bi().await?);
+    Ok(Fresh { link: Link::Quic(link), send, recv })
 }
 
 /// The same without a control stream.
@@ -211,7 +212,8 @@ fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
         .keep_alive_interval(Some(config.ping_interval.min(config.idle_timeout / 3)))
         // A lost first packet is sent again after three times this; 333 ms would be a second lost.
         .initial_rtt(Duration::from_millis(100))
-        .send_fairness(false)
+        // Without it quinn sends the whole of one stream before anything else, whatever its priority: pongs behind megabytes.
+        .send_fairness(true)
         .mtu_discovery_config(Some(discovery))
         .congestion_controller_factory(congestion(config.congestion))
         .datagram_receive_buffer_size(None);
