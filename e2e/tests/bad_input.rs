@@ -127,17 +127,34 @@ async fn bad_tokens_and_taken_ports_say_what_to_do() {
     let said = refused_agent(&federation, &other, &brief).await;
     assert!(said.contains("expired") && said.contains(hint), "an expired token: {said}");
 
-    // A second gateway process on the first one's addresses.
+    // A second gateway process with the first one's state, and one on its addresses with a copy of that.
     let gateway = layout.gateways.first().unwrap();
     let config = cluster.dir.join(format!("{}.yaml", gateway.name));
-    let mut second =
-        Process::new("us-east/second", &federation.binaries.gateway, &federation.dir).arg("--config").arg(config);
-    second.start().unwrap();
-    assert!(!second.wait(DEADLINE).await.unwrap().success());
-    let said = std::fs::read_to_string(second.log()).unwrap();
+    let said = refused_gateway(&federation, "second", &config).await;
+    assert!(said.contains("stateDir") && said.contains("--take-over"), "taken state: {said}");
+    let (state, copy) = (cluster.dir.join(&gateway.name), cluster.dir.join("third"));
+    std::fs::create_dir(&copy).unwrap();
+    for file in std::fs::read_dir(&state).unwrap().map(Result::unwrap).filter(|f| f.file_type().unwrap().is_file()) {
+        std::fs::copy(file.path(), copy.join(file.file_name())).unwrap();
+    }
+    let text = std::fs::read_to_string(&config).unwrap();
+    let other = text.replace(state.to_str().unwrap(), copy.to_str().unwrap());
+    assert_ne!(other, text);
+    let config = cluster.dir.join("third.yaml");
+    std::fs::write(&config, other).unwrap();
+    let said = refused_gateway(&federation, "third", &config).await;
     assert!(said.contains("in use") && said.contains(&gateway.health.ip().to_string()), "a taken port: {said}");
     federation.clusters.insert("us-east".to_owned(), cluster);
     federation.stop(DEADLINE).await.unwrap();
+}
+
+/// What a gateway says that must not start.
+async fn refused_gateway(federation: &Federation, name: &str, config: &Path) -> String {
+    let mut process = Process::new(format!("us-east/{name}"), &federation.binaries.gateway, &federation.dir);
+    process = process.arg("--config").arg(config);
+    process.start().unwrap();
+    assert!(!process.wait(DEADLINE).await.unwrap().success());
+    std::fs::read_to_string(process.log()).unwrap()
 }
 
 /// Starts the control plane with its state on a disk of `kib` KiB of its own. Needs a mount namespace: a user namespace
