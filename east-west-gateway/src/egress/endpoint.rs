@@ -129,7 +129,6 @@ pub(crate) async fn first_byte(
             Ok((tcp, first)) => {
                 let silent: Vec<_> = asked.iter().map(|a| (a.lease.address(), clock::since(a.at))).collect();
                 lease.succeeded(clock::since(asked_at), &silent);
-                splice::keep(&tcp);
                 return Ok(Answered { tcp, first, lease });
             }
             Err(failure) => {
@@ -157,7 +156,7 @@ async fn attempt(address: SocketAddr, hello: &[u8], connect: Duration) -> Result
     let connected = time::timeout(connect, TcpStream::connect(address)).await;
     let mut tcp = connected.map_err(|_| Failure::Connect)?.map_err(|_| Failure::Connect)?;
     splice::prepare(&tcp);
-    // Unless it comes to be used: a late answer would be for nobody.
+    // A late answer would be for nobody; what is used is spliced, which sees to an orderly end.
     splice::abort(&tcp);
     tcp.write_all(hello).await.map_err(|_| Failure::Closed)?;
     let mut first = BytesMut::with_capacity(FIRST_READ);

@@ -152,7 +152,7 @@ pub(crate) fn abort(tcp: &TcpStream) {
 }
 
 /// Takes [`abort`] back.
-pub(crate) fn keep(tcp: &TcpStream) {
+fn keep(tcp: &TcpStream) {
     drop(SockRef::from(tcp).set_linger(None));
 }
 

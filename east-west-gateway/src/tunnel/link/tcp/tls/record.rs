@@ -199,3 +199,109 @@ fn parts(secrets: ConnectionTrafficSecrets) -> Result<(AeadKey, Iv), Corrupt> {
         _ => Err(Corrupt),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rustls::crypto::aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384;
+
+    use super::*;
+
+    fn suite() -> &'static Tls13CipherSuite {
+        TLS13_AES_256_GCM_SHA384.tls13().unwrap()
+    }
+
+    fn secrets(key: u8) -> Secrets {
+        (0, ConnectionTrafficSecrets::Aes256Gcm { key: AeadKey::from([key; 32]), iv: Iv::copy(&[key; 12]) })
+    }
+
+    fn pair() -> (Sealer, Opener) {
+        (Sealer::new(suite(), secrets(1)).unwrap(), Opener::new(suite(), secrets(1)).unwrap())
+    }
+
+    fn open_all(opener: &mut Opener, bytes: &[u8]) -> Result<Vec<Record>, Corrupt> {
+        let mut incoming = BytesMut::from(bytes);
+        let mut records = Vec::new();
+        while let Some(record) = opener.open(&mut incoming)? {
+            records.push(record);
+        }
+        Ok(records)
+    }
+
+    #[test]
+    fn the_end_and_a_key_update_are_told_from_data() {
+        let (mut sealer, mut opener) = pair();
+        let bytes = [sealer.data(&[b"a", b"bc"]), sealer.key_update()].map(Result::unwrap).concat();
+        let records = open_all(&mut opener, &bytes).unwrap();
+        assert_eq!(records, [Record::Data(Bytes::from_static(b"abc")), Record::KeyUpdate { answer: false }]);
+        opener.renew(suite(), secrets(2)).unwrap();
+        let mut next = Sealer::new(suite(), secrets(2)).unwrap();
+        let bytes = [next.data(&[b"d"]), next.close_notify()].map(Result::unwrap).concat();
+        assert_eq!(
+            open_all(&mut opener, &bytes),
+            Ok(vec![Record::Data(Bytes::from_static(b"d")), Record::CloseNotify])
+        );
+        assert_eq!(open_all(&mut opener, &sealer.data(&[b"old key"]).unwrap()), Err(Corrupt));
+    }
+
+    #[test]
+    fn what_is_changed_repeated_or_out_of_order_is_corrupt() {
+        let (mut sealer, _) = pair();
+        let [first, second] = [b"first", b"other"].map(|data| sealer.data(&[data]).unwrap());
+        for byte in 0..first.len() {
+            let mut changed = first.clone();
+            changed[byte] ^= 1;
+            // A length that grew asks for more; nothing else gets through.
+            assert!(!matches!(open_all(&mut pair().1, &changed), Ok(records) if !records.is_empty()), "byte {byte}");
+        }
+        assert_eq!(open_all(&mut pair().1, &[first.clone(), first.clone()].concat()), Err(Corrupt));
+        assert_eq!(open_all(&mut pair().1, &second), Err(Corrupt));
+    }
+
+    #[test]
+    fn what_does_not_belong_here_is_refused_by_its_header() {
+        for header in [[22, 3, 3, 0, 32], [23, 3, 1, 0, 32], [23, 3, 3, 0, 0], [23, 3, 3, 0x41, 0x01]] {
+            assert_eq!(length_of_first(&header), Err(Corrupt), "{header:?}");
+        }
+        assert_eq!(length_of_first(&[23, 3, 3, 0x41]), Ok(None));
+        assert_eq!(length_of_first(&[23, 3, 3, 0x41, 0]), Ok(Some(HEADER + MAX_PLAINTEXT + MAX_EXPANSION)));
+    }
+
+    #[test]
+    fn a_flood_of_records_without_data_ends_the_connection() {
+        let (mut sealer, mut opener) = pair();
+        let empty = |sealer: &mut Sealer, n: u8| (0..n).flat_map(|_| sealer.data(&[]).unwrap()).collect::<Vec<u8>>();
+        assert_eq!(open_all(&mut opener, &empty(&mut sealer, MAX_IDLE_RECORDS)), Ok(Vec::new()));
+        assert_eq!(open_all(&mut opener, &empty(&mut sealer, 1)), Err(Corrupt));
+    }
+
+    proptest! {
+        #[test]
+        fn records_survive_any_cut(
+            data in prop::collection::vec(prop::collection::vec(any::<u8>(), 1..400), 1..8),
+            cuts in prop::collection::vec(1_usize..300, 1..20),
+        ) {
+            let (mut sealer, mut opener) = pair();
+            let bytes: Vec<u8> = data.iter().flat_map(|data| sealer.data(&[data]).unwrap()).collect();
+            let (mut incoming, mut opened, mut rest) = (BytesMut::new(), Vec::new(), bytes.as_slice());
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() {
+                    break;
+                }
+                let (now, later) = rest.split_at((*cut).min(rest.len()));
+                incoming.extend_from_slice(now);
+                rest = later;
+                while let Some(record) = opener.open(&mut incoming).unwrap() {
+                    opened.push(record);
+                }
+            }
+            let sent: Vec<_> = data.into_iter().map(|data| Record::Data(data.into())).collect();
+            prop_assert_eq!(opened, sent);
+        }
+
+        #[test]
+        fn any_bytes_are_refused_or_wait_for_more(bytes in prop::collection::vec(any::<u8>(), 0..2_000)) {
+            prop_assert!(!matches!(open_all(&mut pair().1, &bytes), Ok(records) if !records.is_empty()));
+        }
+    }
+}
