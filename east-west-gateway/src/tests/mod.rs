@@ -14,7 +14,7 @@ mod links;
 mod lock;
 mod outcasts;
 mod relay;
-mod rig;
+pub(crate) mod rig;
 mod sim;
 mod told;
 mod traces;

@@ -55,14 +55,14 @@ pub(super) fn ca() -> &'static CertificateAuthority {
     })
 }
 
-pub(super) fn svid(name: &str) -> Svid {
+pub(crate) fn svid(name: &str) -> Svid {
     let id = SpiffeId::component(&FEDERATION.parse().unwrap(), &cluster(name), "gateway").unwrap();
     let key = KeyPair::generate().unwrap();
     let chain = ca().sign_csr(&key.csr_der().unwrap(), &id, &[], DAY).unwrap();
     Svid::new(chain, &key).unwrap()
 }
 
-pub(super) fn trust() -> TrustStore {
+pub(crate) fn trust() -> TrustStore {
     let trust = TrustStore::new();
     trust.set(BTreeMap::from([(FEDERATION.parse().unwrap(), vec![ca().root_der().clone()])]));
     trust

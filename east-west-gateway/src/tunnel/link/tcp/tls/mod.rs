@@ -310,3 +310,6 @@ fn advance<'a>(chunks: impl Iterator<Item = &'a mut Bytes>, mut n: usize) {
         n -= part;
     }
 }
+
+#[cfg(test)]
+mod tests;

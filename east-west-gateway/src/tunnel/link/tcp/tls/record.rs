@@ -169,6 +169,12 @@ impl Sealer {
         self.sequence >= self.limit
     }
 
+    /// As if the cipher allowed no more records for each key.
+    #[cfg(test)]
+    pub(super) fn set_limit(&mut self, limit: u64) {
+        self.limit = limit;
+    }
+
     /// One record of no more than [`MAX_PLAINTEXT`] bytes.
     pub(super) fn data(&mut self, chunks: &[&[u8]]) -> Result<Vec<u8>, Corrupt> {
         self.seal(ContentType::ApplicationData, OutboundChunks::new(chunks))
