@@ -4,6 +4,7 @@
 //! trip, load, draining, availability of its cluster). Ends when the link does, and ends the link with the reason.
 
 use std::{
+    pin::pin,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
 };
@@ -15,6 +16,7 @@ use tokio::time;
 use super::{
     Close, VERSION, ending,
     link::{Broken, Link, RecvHalf, SendHalf},
+    liveness::GRACE,
     registry::{Origin, Tunnel},
     session::{Own, Response, Rhythm, Session, Told},
 };
@@ -248,11 +250,20 @@ impl Running<'_> {
         Ok(())
     }
 
-    /// Control frames are small; a peer that takes none for so long is as good as dead.
+    /// Control frames are small; a peer that takes none for so long is as good as dead. While packets come from it, it has as
+    /// much longer as with its pongs: behind much bulk, room for a frame is told of late.
     async fn send(&mut self, kind: Kind) -> Result<(), Close> {
         let frame = frame::encode(&ControlFrame { kind: Some(kind) }).map_err(|_| Close::Protocol)?;
-        let written = time::timeout(self.core.config.tunnel.dead_after, self.control.send.write_all(&frame)).await;
-        written.map_err(|_| Close::Dead)?.map_err(|_| Close::Protocol)
+        let mut write = pin!(self.control.send.write_all(&frame));
+        for _ in 0..GRACE {
+            let packets = self.tunnel.link.path().received;
+            match time::timeout(self.core.config.tunnel.dead_after, write.as_mut()).await {
+                Ok(written) => return written.map_err(|_| Close::Protocol),
+                Err(_) if self.tunnel.link.path().received > packets => {}
+                Err(_) => break,
+            }
+        }
+        Err(Close::Dead)
     }
 }
 

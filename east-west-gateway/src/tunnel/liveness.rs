@@ -11,7 +11,7 @@ use std::{
 };
 
 /// How much longer than `dead_after` a peer may owe its pongs while packets come from it.
-const GRACE: u32 = 5;
+pub(super) const GRACE: u32 = 5;
 
 /// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
