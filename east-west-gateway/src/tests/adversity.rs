@@ -81,7 +81,7 @@ impl ByHand {
         let connection = quic::connect(&endpoint, &core.config.tunnel, &identity(name), peer).await.unwrap();
         let (mut send, recv) = connection.open_bi().await.unwrap();
         send.write_all(&greeting(gateway)).await.unwrap();
-        let mut reader = FrameReader::new(RecvHalf::Quic(recv), MAX_CONTROL);
+        let mut reader = FrameReader::new(RecvHalf::Quic(recv.into()), MAX_CONTROL);
         assert!(matches!(reader.next::<ControlFrame>().await.unwrap().kind, Some(Kind::Hello(_))));
         Self { connection, send, _reader: reader, _endpoint: endpoint }
     }
@@ -177,7 +177,7 @@ async fn a_hello_for_something_else_than_its_header_is_refused() {
             StreamHeader { version: 1, service: Some(service), port: 80, deadline_ms: 500, ..Default::default() };
         let (mut send, recv) = peer.connection.open_bi().await.unwrap();
         send.write_all(&[frame::encode(&header).unwrap().to_vec(), hello(&name)].concat()).await.unwrap();
-        let mut reader = FrameReader::new(RecvHalf::Quic(recv), MAX_HEADER);
+        let mut reader = FrameReader::new(RecvHalf::Quic(recv.into()), MAX_HEADER);
         let reply = time::timeout(Duration::from_secs(3), reader.next::<StreamReply>()).await;
         match reply.expect("answered in time").unwrap().kind.unwrap() {
             stream_reply::Kind::Accept(_) => None,

@@ -164,7 +164,7 @@ impl Peer {
     async fn connect(name: &str, to: &Gateway) -> Self {
         let (connection, endpoint) = Self::dial(name, to).await;
         let (send, recv) = connection.open_bi().await.unwrap();
-        let control = Control::open(SendHalf::Quic(send.into()), RecvHalf::Quic(recv), "by-hand").await.unwrap();
+        let control = Control::open(SendHalf::Quic(send.into()), RecvHalf::Quic(recv.into()), "by-hand").await.unwrap();
         Self { connection, _control: control, _endpoint: endpoint }
     }
 
@@ -185,7 +185,7 @@ impl Peer {
     async fn ask(&self, bytes: &[u8]) -> Kind {
         let (mut send, recv) = self.connection.open_bi().await.unwrap();
         send.write_all(bytes).await.unwrap();
-        let mut reader = FrameReader::new(RecvHalf::Quic(recv), MAX_HEADER);
+        let mut reader = FrameReader::new(RecvHalf::Quic(recv.into()), MAX_HEADER);
         let reply = time::timeout(Duration::from_secs(3), reader.next::<StreamReply>()).await;
         reply.expect("answered within the deadline").unwrap().kind.unwrap()
     }

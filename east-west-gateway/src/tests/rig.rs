@@ -43,7 +43,7 @@ pub(super) fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-pub(super) fn local(port: u16) -> SocketAddr {
+pub(crate) fn local(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
 }
 
@@ -68,7 +68,7 @@ pub(crate) fn trust() -> TrustStore {
     trust
 }
 
-pub(super) fn config(name: &str) -> Config {
+pub(crate) fn config(name: &str) -> Config {
     let json = serde_json::json!({
         "name": name,
         "stateDir": "/nonexistent",

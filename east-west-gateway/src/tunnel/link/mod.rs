@@ -7,27 +7,29 @@
 
 mod gate;
 pub(crate) mod quic;
+mod receive;
 pub(crate) mod redundancy;
 pub(crate) mod tcp;
 mod tolerant;
 
 use std::{
-    future::Future,
+    future::{Future, poll_fn},
     net::SocketAddr,
     ops::Deref,
-    pin::pin,
     sync::{Arc, OnceLock},
     task::{Context, Poll},
     time::Duration,
 };
 
 use bytes::Bytes;
-use futures_util::FutureExt as _;
 use isthmus_model::local::Transport;
 use quinn::VarInt;
 use rustls::pki_types::CertificateDer;
 
-use self::gate::{Gate, GatedSend};
+use self::{
+    gate::{Gate, GatedSend},
+    receive::QuicReceiver,
+};
 use super::{Close, ending};
 
 /// QUIC error code of a carried connection that ended abruptly.
@@ -74,7 +76,7 @@ impl From<quinn::Connection> for QuicLink {
 impl QuicLink {
     /// Both halves of one of its streams.
     pub(crate) fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
-        (SendHalf::Quic(GatedSend::new(send, self.gate.clone())), RecvHalf::Quic(recv))
+        (SendHalf::Quic(GatedSend::new(send, self.gate.clone())), RecvHalf::Quic(recv.into()))
     }
 }
 
@@ -325,44 +327,29 @@ impl SendHalf {
 /// The direction of a stream that is read.
 #[derive(Debug)]
 pub(crate) enum RecvHalf {
-    Quic(quinn::RecvStream),
+    Quic(QuicReceiver),
     Tcp(tcp::Receiver),
 }
 
 impl RecvHalf {
     /// The next bytes; `None` at the end. Cancel-safe.
     pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, Broken> {
-        match self {
-            Self::Quic(recv) => {
-                let chunk = recv.read_chunk(64 * 1024, true).await.map_err(|_| Broken)?;
-                Ok(chunk.map(|c| c.bytes))
-            }
-            Self::Tcp(recv) => recv.chunk().await,
-        }
+        poll_fn(|cx| self.poll_chunk(cx)).await
     }
 
     /// As [`RecvHalf::chunk`].
     pub(crate) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         match self {
-            // The future holds nothing between polls that a new one would not find out.
-            Self::Quic(recv) => {
-                let read = pin!(recv.read_chunk(64 * 1024, true)).poll(cx);
-                read.map_ok(|chunk| chunk.map(|c| c.bytes)).map_err(|_| Broken)
-            }
+            Self::Quic(recv) => recv.poll_chunk(cx),
             Self::Tcp(recv) => recv.poll_chunk(cx),
         }
     }
 
     /// What else has arrived already, in order. Never waits; the next [`RecvHalf::chunk`] tells of an end.
     pub(crate) fn more(&mut self) -> Vec<Bytes> {
-        let recv = match self {
-            Self::Quic(recv) => recv,
-            Self::Tcp(recv) => return recv.more(BATCH),
-        };
-        let mut chunks = [const { Bytes::new() }; BATCH];
-        match recv.read_chunks(&mut chunks).now_or_never() {
-            Some(Ok(Some(n))) => chunks.into_iter().take(n).collect(),
-            _ => Vec::new(),
+        match self {
+            Self::Quic(recv) => recv.more(),
+            Self::Tcp(recv) => recv.more(),
         }
     }
 }
@@ -371,9 +358,9 @@ impl RecvHalf {
 pub(crate) fn reset(send: &mut SendHalf, recv: &mut RecvHalf) {
     match (send, recv) {
         (SendHalf::Quic(send), RecvHalf::Quic(recv)) => {
-            // Fail only on streams that have ended already.
+            // Fails only on a stream that has ended already.
             drop(send.reset(RESET));
-            drop(recv.stop(RESET));
+            recv.stop();
         }
         (SendHalf::Tcp(send), _) => send.abort(),
         // Halves of one stream are of one kind.
@@ -387,7 +374,10 @@ pub(crate) fn reset(send: &mut SendHalf, recv: &mut RecvHalf) {
 /// The peer need not send any more; what was written to it still arrives. The caller sets the deadline.
 pub(crate) async fn stop(recv: &mut RecvHalf) -> Result<(), Broken> {
     match recv {
-        RecvHalf::Quic(recv) => recv.stop(RESET).map_err(|_| Broken),
+        RecvHalf::Quic(recv) => {
+            recv.stop();
+            Ok(())
+        }
         // Closing a TCP connection with unread bytes would be a reset, which may overtake what was written.
         RecvHalf::Tcp(recv) => {
             while recv.chunk().await?.is_some() {}

@@ -16,7 +16,11 @@ use tokio::{io::Interest, sync::OwnedSemaphorePermit, time};
 use tokio_util::sync::CancellationToken;
 
 use super::tls::Tls;
-use crate::{shares::Place, splice, tunnel::link::Broken};
+use crate::{
+    shares::Place,
+    splice,
+    tunnel::link::{BATCH, Broken},
+};
 
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
@@ -174,8 +178,8 @@ impl Receiver {
     }
 
     /// What else was read already. Never waits; the next read tells of an end.
-    pub(crate) fn more(&mut self, most: usize) -> Vec<Bytes> {
+    pub(crate) fn more(&mut self) -> Vec<Bytes> {
         let mut tls = self.connection.lock();
-        std::iter::from_fn(|| tls.opened().ok().flatten()).take(most).collect()
+        std::iter::from_fn(|| tls.opened().ok().flatten()).take(BATCH).collect()
     }
 }
