@@ -23,6 +23,7 @@ over_both!(
     a_peer_that_moves_is_linked_anew_and_the_old_link_finishes_what_it_carries,
     slow_readers_stall_nobody_else,
     a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves,
+    whatever_comes_over_a_link_counts_as_a_sign_of_life,
     steady_downloads_over_one_link_all_arrive,
     more_bulk_than_the_windows_hold_delays_neither_probes_nor_new_connections,
 );
@@ -432,6 +433,31 @@ async fn a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves(over
 }
 
 /// Default windows: more clients than fit into them that each read a steady 2 MB/s, none of whom ever stops.
+/// Beside pings and pongs, which may be late on a busy machine.
+async fn whatever_comes_over_a_link_counts_as_a_sign_of_life(over: LinkTransport) {
+    const WORDS: u64 = 100;
+    let rare = |config: &mut crate::Config| {
+        config.tunnel.transport = over;
+        (config.tunnel.ping_interval, config.tunnel.dead_after) = (Duration::from_secs(60), Duration::from_secs(600));
+        config.tunnel.idle_timeout = Duration::from_secs(1_200);
+    };
+    let west = Server::bind().await;
+    let (gateways, _) = super::rig::linked_with(rare, &[("east", &[]), ("west", &[west.address])]).await;
+    let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+    let received = async || {
+        let cores = [gateways[0].core().await, gateways[1].core().await];
+        [cores[0].registry.received(&cluster("west")), cores[1].registry.received(&cluster("east"))]
+    };
+    let before = received().await;
+    for _ in 0..WORDS {
+        exchange(&mut client, &mut served, b"word").await;
+    }
+    for (before, after) in before.into_iter().zip(received().await) {
+        // A word may come while the one before is being read.
+        assert!(after - before >= WORDS / 2, "{} signs for {WORDS} words", after - before);
+    }
+}
+
 async fn steady_downloads_over_one_link_all_arrive(over: LinkTransport) {
     const CLIENTS: usize = 32;
     const SIZE: usize = 12_000_000;

@@ -360,6 +360,12 @@ impl Registry {
 
     /// The tunnels that were dialled to `cluster`.
     #[cfg(test)]
+    pub(crate) fn received(&self, cluster: &ClusterName) -> u64 {
+        let peers = self.lock();
+        of_cluster(&peers, cluster).flat_map(|peer| &peer.legs).map(|leg| leg.tunnel.link.path().received).sum()
+    }
+
+    #[cfg(test)]
     pub(crate) fn own_links(&self, cluster: &ClusterName) -> Vec<u64> {
         let peers = self.lock();
         let legs = of_cluster(&peers, cluster).flat_map(|peer| &peer.legs);

@@ -30,7 +30,7 @@ pub(crate) struct Own<'a> {
     pub(crate) succeeded: bool,
     /// Connections that it would like to be offered (TCP).
     pub(crate) offers: u32,
-    /// Packets that have come from the peer so far, if the transport tells.
+    /// Packets, or pieces of streams, that have come from the peer so far.
     pub(crate) packets: u64,
 }
 

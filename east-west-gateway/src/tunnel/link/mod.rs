@@ -104,7 +104,7 @@ pub(crate) struct Path {
     /// Packets sent and, of these, lost; since the beginning.
     pub(crate) sent: u64,
     pub(crate) lost: u64,
-    /// Datagrams that have come from the peer.
+    /// Datagrams that have come from the peer; over TCP, pieces of its streams.
     pub(crate) received: u64,
     /// Congestion window, in bytes.
     pub(crate) window: u64,
@@ -203,7 +203,7 @@ impl Link {
     pub(crate) fn path(&self) -> Path {
         match self {
             Self::Quic(connection) => quic::path(connection),
-            Self::Tcp(_) => Path::default(),
+            Self::Tcp(link) => Path { received: link.heard(), ..Path::default() },
         }
     }
 

@@ -155,7 +155,7 @@ impl Newcomer {
         let Some(link) = core.tcp_links.find(&number, &cluster) else { return core.metrics.reject("tcp_no_link") };
         let Ok(slot) = link.slots.clone().try_acquire_owned() else { return core.metrics.reject("tcp_link_full") };
         let slot = Slot { _link: slot, _peers: Some(place) };
-        let connection = Connection::new(tls, link.cut.clone(), slot);
+        let connection = Connection::new(tls, link.stream_bond(), slot);
         match purpose {
             TcpPurpose::Stream => link.await_first(connection).await,
             TcpPurpose::Offer => link.put(connection),
@@ -180,7 +180,7 @@ async fn control(
     };
     let Ok(place) = core.peer_slots.clone().try_acquire_owned() else { return core.metrics.reject("peer_overload") };
     let slot = Slot { _link: slot, _peers: Some(peers) };
-    let (send, recv) = Connection::new(tls, link.closed.clone(), slot).halves();
+    let (send, recv) = Connection::new(tls, link.control_bond(), slot).halves();
     let control = (SendHalf::Tcp(send), RecvHalf::Tcp(recv));
     accept::member(core, Link::Tcp(link), Some(control), cluster).await;
     drop(place);

@@ -126,7 +126,7 @@ async fn admit(link: &TcpLink, established: Established, purpose: Purpose) -> Re
     let preface = TcpPreface { version: VERSION, link: link.number.to_vec(), purpose: purpose.into() };
     let preface = frame::encode(&preface).map_err(|_| TcpError::Preface)?;
     let tls = Tls::new(established).map_err(|_| TcpError::Preface)?;
-    let connection = Connection::new(tls, link.cut.clone(), slot);
+    let connection = Connection::new(tls, link.stream_bond(), slot);
     let (mut send, _) = connection.clone().halves();
     send.write_chunk(preface.freeze()).await.map_err(|_| TcpError::Preface)?;
     Ok(connection)

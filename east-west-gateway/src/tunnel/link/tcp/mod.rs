@@ -17,7 +17,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -32,7 +32,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::{dial::Way, stream::Connection};
+use self::{
+    dial::Way,
+    stream::{Bond, Connection},
+};
 pub(crate) use self::{
     dial::{TcpError, dial},
     stream::{Receiver, Sender},
@@ -79,6 +82,8 @@ pub(crate) struct TcpLink {
     /// Its streams end with it, but for those of a link that ends in good order: they have connections of their own, and a
     /// while for what is on its way.
     cut: CancellationToken,
+    /// [`Bond::heard`] of all its connections.
+    heard: Arc<AtomicU64>,
     why: OnceLock<String>,
     own_reason: OnceLock<Close>,
 }
@@ -116,9 +121,25 @@ impl TcpLink {
             slots: Arc::new(Semaphore::new(config.max_connections_per_link)),
             closed: CancellationToken::new(),
             cut: CancellationToken::new(),
+            heard: Arc::default(),
             why: OnceLock::new(),
             own_reason: OnceLock::new(),
         }
+    }
+
+    /// Of a connection that carries a stream.
+    fn stream_bond(&self) -> Bond {
+        Bond { ended: self.cut.clone(), heard: self.heard.clone() }
+    }
+
+    /// Of the connection that carries the control stream of a link that the peer has dialled.
+    fn control_bond(&self) -> Bond {
+        Bond { ended: self.closed.clone(), heard: self.heard.clone() }
+    }
+
+    /// How often something new has come from the peer.
+    pub(super) fn heard(&self) -> u64 {
+        self.heard.load(Ordering::Relaxed)
     }
 
     /// A connection for a stream of our own: a warm one, or a new one if we can dial, or the next one offered.

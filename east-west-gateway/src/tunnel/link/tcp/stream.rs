@@ -6,7 +6,10 @@
 
 use std::{
     future::{Future, poll_fn},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -30,9 +33,16 @@ pub(super) struct Connection(Arc<Inner>);
 
 struct Inner {
     tls: Mutex<Tls>,
-    /// The link that it belongs to has ended.
-    link_closed: CancellationToken,
+    bond: Bond,
     _slot: Slot,
+}
+
+/// What ties it to the link that it belongs to.
+pub(super) struct Bond {
+    /// It ends with this.
+    pub(super) ended: CancellationToken,
+    /// Counts what has come when everything before it had been read: a slow reader's backlog is no sign of life.
+    pub(super) heard: Arc<AtomicU64>,
 }
 
 /// A connection's place among its link's; and among all that peers have open, if a peer has dialled it.
@@ -48,12 +58,12 @@ impl std::fmt::Debug for Connection {
 }
 
 impl Connection {
-    pub(super) fn new(tls: Tls, link_closed: CancellationToken, slot: Slot) -> Self {
-        Self(Arc::new(Inner { tls: Mutex::new(tls), link_closed, _slot: slot }))
+    pub(super) fn new(tls: Tls, bond: Bond, slot: Slot) -> Self {
+        Self(Arc::new(Inner { tls: Mutex::new(tls), bond, _slot: slot }))
     }
 
     pub(super) fn halves(self) -> (Sender, Receiver) {
-        (Sender { connection: self.clone() }, Receiver { connection: self })
+        (Sender { connection: self.clone() }, Receiver { connection: self, dry: true })
     }
 
     /// Whether an idle connection is still of use: the peer says nothing on it before it is used, so that anything to be
@@ -131,7 +141,7 @@ impl Sender {
     }
 
     pub(crate) fn link_closed(&self) -> impl Future<Output = ()> + Send + use<> {
-        self.connection.0.link_closed.clone().cancelled_owned()
+        self.connection.0.bond.ended.clone().cancelled_owned()
     }
 
     /// Resolves when the connection has broken, although nothing is read from it.
@@ -141,7 +151,7 @@ impl Sender {
     }
 
     fn poll<T>(&self, operate: impl FnOnce(&mut Tls) -> Poll<Result<T, Broken>>) -> Poll<Result<T, Broken>> {
-        if self.connection.0.link_closed.is_cancelled() {
+        if self.connection.0.bond.ended.is_cancelled() {
             return Poll::Ready(Err(Broken));
         }
         operate(&mut self.connection.lock())
@@ -152,6 +162,8 @@ impl Sender {
 #[derive(Debug)]
 pub(crate) struct Receiver {
     connection: Connection,
+    /// All that had come was read.
+    dry: bool,
 }
 
 impl Receiver {
@@ -171,10 +183,19 @@ impl Receiver {
 
     /// As [`Receiver::chunk`].
     pub(crate) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
-        if self.connection.0.link_closed.is_cancelled() {
+        let bond = &self.connection.0.bond;
+        if bond.ended.is_cancelled() {
             return Poll::Ready(Err(Broken));
         }
-        self.connection.lock().poll_chunk(cx)
+        let read = self.connection.lock().poll_chunk(cx);
+        match &read {
+            Poll::Pending => self.dry = true,
+            Poll::Ready(Ok(Some(_))) if std::mem::take(&mut self.dry) => {
+                bond.heard.fetch_add(1, Ordering::Relaxed);
+            }
+            Poll::Ready(_) => {}
+        }
+        read
     }
 
     /// What else was read already. Never waits; the next read tells of an end.
