@@ -96,7 +96,7 @@ async fn torture(transport: Transport) {
             Ok((client, server)) => {
                 bytes += client.received + server.received;
                 *ends.entry(format!("client {:?}, server {:?}", client.end, server.end)).or_default() += 1;
-                judge(&plan, client, server, None)
+                judge(&plan, client, server, false)
             }
             Err(fault) => vec![fault.to_string()],
         };

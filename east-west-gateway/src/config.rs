@@ -276,6 +276,11 @@ impl Validate for Config {
             "tunnel.streamWindowBytes",
             "must be at least 16384, and at most tunnel.connectionWindowBytes".to_owned(),
         );
+        check(
+            t.total_window_bytes >= t.connection_window_bytes.into(),
+            "tunnel.totalWindowBytes",
+            "must be at least tunnel.connectionWindowBytes".to_owned(),
+        );
         check((1..=16).contains(&t.connections_per_peer), "tunnel.connectionsPerPeer", "use 1 to 16".to_owned());
         check(
             t.tcp.max_warm >= t.tcp.min_warm.max(1) && t.tcp.max_connections_per_link > t.tcp.max_warm,

@@ -39,7 +39,7 @@ use crate::{
         accept::Inbound,
         link::{Link, quic::Identity, redundancy::Redundancy, tcp},
         registry::Registry,
-        stalled,
+        stalled::Room,
     },
     view::View,
 };
@@ -78,8 +78,8 @@ pub(crate) struct Core {
     pub(crate) tcp_places: Arc<Shares>,
     /// Streams of all peers.
     pub(crate) stream_places: Arc<Shares>,
-    /// What slow readers may hold beyond their links' own windows.
-    pub(crate) slow_readers: Arc<Semaphore>,
+    /// What links may hold unread.
+    pub(crate) room: Arc<Room>,
     /// Connections of local sidecars.
     pub(crate) local_slots: Arc<Semaphore>,
     /// Of these, the ones whose ClientHello is still to come.
@@ -142,7 +142,7 @@ impl Core {
             tcp_handshakes: slots(config.tunnel.tcp.max_pending_handshakes),
             tcp_places: Arc::new(Shares::new(config.tunnel.tcp.max_connections)),
             stream_places: Arc::new(Shares::new(config.egress.max_streams)),
-            slow_readers: stalled::memory(config.tunnel.slow_reader_bytes, config.tunnel.stream_window_bytes),
+            room: Arc::new(Room::new(&config.tunnel)),
             local_slots: slots(ingress.max_connections),
             hello_slots: slots(ingress.max_pending_hellos),
             hello_sources: Arc::new(Sources::new(ingress.max_pending_hellos_per_source)),

@@ -131,7 +131,7 @@ impl Driver {
         let killed = (self.events.load(Ordering::SeqCst) != before).then_some(self.route.mortal);
         match outcome {
             Ok((client, server)) => {
-                let faults = judge(&plan, &client, &server, killed);
+                let faults = judge(&plan, &client, &server, killed.is_some());
                 (!faults.is_empty()).then(|| format!("{}: {plan:?}, {client:?}, {server:?}", faults.join("; ")))
             }
             Err(Fault::Nobody(client))

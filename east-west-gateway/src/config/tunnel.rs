@@ -38,8 +38,10 @@ pub struct TunnelConfig {
     pub max_pending_handshakes_per_source: usize,
     /// Unread bytes that one stream may hold.
     pub stream_window_bytes: u32,
-    /// Unread bytes that all streams of one connection may hold.
+    /// Unread bytes that all streams of one connection may hold (QUIC).
     pub connection_window_bytes: u32,
+    /// Of all connections together, dealt evenly (QUIC).
+    pub total_window_bytes: u64,
     /// Unread bytes that slow readers of all connections may hold beyond that, before the slowest is given up.
     pub slow_reader_bytes: u64,
     /// Asked of the system for the UDP socket, each way.
@@ -151,6 +153,7 @@ impl Default for TunnelConfig {
             max_pending_handshakes_per_source: 256,
             stream_window_bytes: 4 << 20,
             connection_window_bytes: 128 << 20,
+            total_window_bytes: 2 << 30,
             slow_reader_bytes: 1 << 30,
             socket_buffer_bytes: 4 << 20,
             congestion: Congestion::default(),

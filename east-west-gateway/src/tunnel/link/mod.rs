@@ -30,7 +30,7 @@ use self::{
     gate::{Gate, GatedSend},
     receive::QuicReceiver,
 };
-use super::{Close, ending};
+use super::{Close, ending, stalled::Resize};
 
 /// QUIC error code of a carried connection that ended abruptly.
 pub(crate) const RESET: VarInt = VarInt::from_u32(1);
@@ -207,11 +207,14 @@ impl Link {
         }
     }
 
-    /// What sets the window that all its streams share for unread bytes, where they share one.
-    pub(crate) fn resize_window(&self) -> Option<Box<dyn Fn(u64) + Send + Sync>> {
-        let Self::Quic(connection) = self else { return None };
-        let connection = connection.clone();
-        Some(Box::new(move |bytes| connection.set_receive_window(VarInt::from_u64(bytes).unwrap_or(VarInt::MAX))))
+    /// What sets the windows that all its streams share, where they share one.
+    pub(crate) fn resize(&self) -> Option<Resize> {
+        let Self::Quic(link) = self else { return None };
+        let connection = link.connection.clone();
+        Some(Box::new(move |receive, send| {
+            connection.set_receive_window(VarInt::from_u64(receive).unwrap_or(VarInt::MAX));
+            connection.set_send_window(send);
+        }))
     }
 
     /// What carries it.

@@ -209,8 +209,9 @@ fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
         .max_concurrent_bidi_streams(VarInt::from_u32(config.max_streams_per_peer))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(config.stream_window_bytes))
-        .receive_window(VarInt::from_u32(config.connection_window_bytes))
-        .send_window(config.connection_window_bytes.into())
+        // For the handshake and the first words; the link's share comes when it has proved itself a link.
+        .receive_window(VarInt::from_u32(config.stream_window_bytes))
+        .send_window(config.stream_window_bytes.into())
         .max_idle_timeout(Some(idle))
         // Signs of life even while all windows are used up and no ping gets through.
         .keep_alive_interval(Some(config.ping_interval.min(config.idle_timeout / 3)))

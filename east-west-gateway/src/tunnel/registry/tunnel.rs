@@ -20,7 +20,7 @@ use crate::{
     tunnel::{
         control::LINGER,
         link::{Link, redundancy::LOSSY_PPM},
-        stalled::{Stalled, Windows},
+        stalled::Stalled,
     },
 };
 
@@ -73,9 +73,7 @@ impl Tunnel {
     /// A tunnel over `link`, with the transport's own round-trip time until probes give one.
     pub(crate) fn new(core: &Core, (cluster, gateway): PeerKey, link: Link, origin: Origin) -> Self {
         let rtt = micros(link.path().rtt);
-        let config = &core.config.tunnel;
-        let windows = Windows { connection: config.connection_window_bytes, stream: config.stream_window_bytes };
-        let stalled = link.resize_window().map(|resize| Stalled::new(windows, core.slow_readers.clone(), resize));
+        let stalled = link.resize().map(|resize| core.room.link(resize));
         Self {
             id: core.next_id(),
             cluster,
