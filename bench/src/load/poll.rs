@@ -91,3 +91,23 @@ impl Poll {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Whole milliseconds would be in every latency of paced requests, and send them in bursts.
+    #[test]
+    fn a_wait_is_not_rounded_up_to_milliseconds() {
+        let (poll, mut ready) = (Poll::new().unwrap(), Vec::new());
+        let shortest = (0..100).map(|_| {
+            let began = Instant::now();
+            poll.wait(&mut ready, Some(Duration::from_micros(100))).unwrap();
+            began.elapsed()
+        });
+        let shortest = shortest.min().unwrap();
+        assert!(shortest >= Duration::from_micros(100) && shortest < Duration::from_micros(900), "{shortest:?}");
+    }
+}
