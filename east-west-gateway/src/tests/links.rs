@@ -432,7 +432,6 @@ async fn a_client_that_resets_while_nobody_takes_its_bytes_ends_both_halves(over
     until("the endpoint sees a reset", || served.take_error().unwrap().is_some()).await;
 }
 
-/// Default windows: more clients than fit into them that each read a steady 2 MB/s, none of whom ever stops.
 /// Beside pings and pongs, which may be late on a busy machine.
 async fn whatever_comes_over_a_link_counts_as_a_sign_of_life(over: LinkTransport) {
     const WORDS: u64 = 100;
@@ -458,6 +457,7 @@ async fn whatever_comes_over_a_link_counts_as_a_sign_of_life(over: LinkTransport
     }
 }
 
+/// Default windows: more clients than fit into them that each read a steady 2 MB/s, none of whom ever stops.
 async fn steady_downloads_over_one_link_all_arrive(over: LinkTransport) {
     const CLIENTS: usize = 32;
     const SIZE: usize = 12_000_000;

@@ -358,13 +358,14 @@ impl Registry {
         legs.map(|leg| leg.tunnel.link.remote_address()).collect()
     }
 
-    /// The tunnels that were dialled to `cluster`.
+    /// What has come over all links of `cluster`, see [`Path::received`](super::link::Path::received).
     #[cfg(test)]
     pub(crate) fn received(&self, cluster: &ClusterName) -> u64 {
         let peers = self.lock();
         of_cluster(&peers, cluster).flat_map(|peer| &peer.legs).map(|leg| leg.tunnel.link.path().received).sum()
     }
 
+    /// The tunnels that were dialled to `cluster`.
     #[cfg(test)]
     pub(crate) fn own_links(&self, cluster: &ClusterName) -> Vec<u64> {
         let peers = self.lock();

@@ -227,7 +227,7 @@ fn transport(config: &TunnelConfig) -> Result<TransportConfig, EndpointError> {
 }
 
 /// What is asked of the peer (QUIC's acknowledgement frequency extension). By RFC 9000 it would acknowledge every other packet,
-/// which for small requests is a third of all datagrams. A loss is told at once as before.
+/// which for small requests is a third of all datagrams. What shows a loss is still acknowledged at once.
 fn acknowledgements() -> AckFrequencyConfig {
     let mut config = AckFrequencyConfig::default();
     config.ack_eliciting_threshold(VarInt::from_u32(ACK_EVERY)).max_ack_delay(Some(ACK_DELAY));
