@@ -34,6 +34,10 @@ const MAX_BUFFER: usize = 64 * 1024;
 const HELD: Duration = Duration::from_millis(10);
 /// And for so long is a slow reader.
 const SLOW: Duration = Duration::from_millis(100);
+/// Bytes moved at a time: then it is the turn of what else waits for the processor. Beside 32 bulk streams over TCP on one
+/// thread a new connection and an exchange took 550 ms without it, take 210 ms with it, and would take 100 ms with half of
+/// it; but 64 bulk streams alone move 10 % less with it, and 25 % less with half, as what they move leaves the caches.
+const TURN: usize = 1 << 20;
 /// As many as one system call takes.
 const SLICES: usize = 64;
 
@@ -155,13 +159,19 @@ impl<'a> Direction<'a> {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Stop>> {
+        let mut moved = 0;
         loop {
             if self.state == State::Done {
                 return Poll::Ready(Ok(()));
             }
+            if moved >= TURN {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             match self.to.poll_write(cx, &mut self.pending) {
                 Poll::Ready(Ok(0)) => {}
                 Poll::Ready(Ok(written)) => {
+                    moved += written;
                     self.moved.fetch_add(written as u64, Ordering::Relaxed);
                     if let Some(patience) = &mut self.patience {
                         patience.rest();

@@ -2,9 +2,12 @@
 //!
 //! All streams share the connection's windows, and quinn lets whoever asks first have what becomes free: with more bulk
 //! streams than the windows hold, a control frame or the head of a new stream could wait for as long as these go on, and
-//! the link would be given up for dead. So what is short goes ahead: while such a write waits, bulk holds still.
+//! the link would be given up for dead. So what is short goes ahead: while such a write waits, bulk holds still. A short
+//! write of a carried connection only tries before bulk does, and not for ever: it may be its own stream's window that it
+//! waits for, which quinn does not tell, and bulk must not hold still for a slow reader.
 
 use std::{
+    collections::{HashMap, HashSet},
     future::poll_fn,
     ops::{Deref, DerefMut},
     pin::pin,
@@ -16,16 +19,33 @@ use std::{
 };
 
 use bytes::Bytes;
+use quinn::StreamId;
 
 use super::Broken;
+
+/// What a carried connection writes at once, when it is no bulk.
+const SHORT: usize = 4 * 1024;
+/// Tries in vain until a short write is taken to wait for its own stream's window.
+const TRIES: u8 = u8::MAX;
 
 /// One for each connection.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
-    /// Short writes that wait.
+    /// For how many writes bulk holds still.
     ahead: AtomicUsize,
     /// Bulk that holds still.
-    held: Mutex<Vec<Waker>>,
+    held: Mutex<Wakers>,
+    shorts: Mutex<Shorts>,
+}
+
+type Wakers = HashMap<StreamId, Waker>;
+
+/// Short writes of carried connections that found no room.
+#[derive(Debug, Default)]
+struct Shorts {
+    waiting: Wakers,
+    /// Woken to try before bulk does; bulk holds still for each until it has.
+    asked: HashSet<StreamId>,
 }
 
 impl Gate {
@@ -35,33 +55,61 @@ impl Gate {
         Ahead(self)
     }
 
-    /// Whether bulk is to hold still; it is woken when that is over.
-    fn holds(&self, cx: &Context<'_>) -> bool {
+    /// Whether bulk on `stream` is to hold still; it is woken when that is over.
+    fn holds(&self, stream: StreamId, cx: &Context<'_>) -> bool {
         let waits = || self.ahead.load(Ordering::Acquire) > 0;
         if !waits() {
             return false;
         }
-        let mut held = self.held();
-        if !held.iter().any(|waker| waker.will_wake(cx.waker())) {
-            held.push(cx.waker().clone());
-        }
+        locked(&self.held).insert(stream, cx.waker().clone());
         // Whoever was last may have woken the others before this one was among them.
         waits()
     }
 
-    fn held(&self) -> MutexGuard<'_, Vec<Waker>> {
-        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Bulk is about to try: those who wait with something short do so before it.
+    fn ask_shorts(&self) {
+        let mut shorts = locked(&self.shorts);
+        if shorts.waiting.is_empty() {
+            return;
+        }
+        let woken = std::mem::take(&mut shorts.waiting);
+        self.ahead.fetch_add(woken.len(), Ordering::AcqRel);
+        shorts.asked.extend(woken.keys());
+        drop(shorts);
+        woken.into_values().for_each(Waker::wake);
     }
+
+    /// Something short on `stream` has tried, and found no room if it gives a waker.
+    fn tried(&self, stream: StreamId, waker: Option<Waker>) {
+        let mut shorts = locked(&self.shorts);
+        shorts.waiting.remove(&stream);
+        shorts.waiting.extend(waker.map(|waker| (stream, waker)));
+        let asked = shorts.asked.remove(&stream);
+        drop(shorts);
+        if asked {
+            self.one_done();
+        }
+    }
+
+    /// Bulk need not hold still for this one any more.
+    fn one_done(&self) {
+        if self.ahead.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let held = std::mem::take(&mut *locked(&self.held));
+            held.into_values().for_each(Waker::wake);
+        }
+    }
+}
+
+fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every section leaves it whole, so a panic in another one does not spoil it.
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Ahead<'a>(&'a Gate);
 
 impl Drop for Ahead<'_> {
     fn drop(&mut self) {
-        if self.0.ahead.fetch_sub(1, Ordering::AcqRel) == 1 {
-            let held = std::mem::take(&mut *self.0.held());
-            held.into_iter().for_each(Waker::wake);
-        }
+        self.0.one_done();
     }
 }
 
@@ -70,11 +118,15 @@ impl Drop for Ahead<'_> {
 pub(crate) struct GatedSend {
     stream: quinn::SendStream,
     gate: Arc<Gate>,
+    /// What is to be written is the rest of more, or has tried too often: bulk, however little it is.
+    bulk: bool,
+    /// Tries in vain with something short.
+    tries: u8,
 }
 
 impl GatedSend {
     pub(crate) fn new(stream: quinn::SendStream, gate: Arc<Gate>) -> Self {
-        Self { stream, gate }
+        Self { stream, gate, bulk: false, tries: 0 }
     }
 
     /// Something short, all of it.
@@ -88,12 +140,45 @@ impl GatedSend {
     }
 
     /// Some of `chunks`, at least a byte; what is written is gone from them.
-    pub(crate) fn poll_bulk(&mut self, cx: &mut Context<'_>, chunks: &mut [Bytes]) -> Poll<Result<usize, Broken>> {
-        if self.gate.holds(cx) {
-            return Poll::Pending;
+    pub(crate) fn poll_some(&mut self, cx: &mut Context<'_>, chunks: &mut [Bytes]) -> Poll<Result<usize, Broken>> {
+        let stream = self.stream.id();
+        let length: usize = chunks.iter().map(Bytes::len).sum();
+        let short = length <= SHORT && !self.bulk;
+        if !short {
+            self.gate.ask_shorts();
+            if self.gate.holds(stream, cx) {
+                return Poll::Pending;
+            }
         }
         // The future holds nothing between polls that a new one would not find out.
-        pin!(self.stream.write_chunks(chunks)).poll(cx).map_ok(|written| written.bytes).map_err(|_| Broken)
+        let written = pin!(self.stream.write_chunks(chunks)).poll(cx);
+        match &written {
+            Poll::Ready(written) => {
+                self.bulk = written.as_ref().is_ok_and(|written| written.bytes < length);
+                self.leave_shorts();
+            }
+            Poll::Pending if short && self.tries < TRIES => {
+                self.tries += 1;
+                self.gate.tried(stream, Some(cx.waker().clone()));
+            }
+            Poll::Pending => {
+                self.bulk = true;
+                self.leave_shorts();
+            }
+        }
+        written.map_ok(|written| written.bytes).map_err(|_| Broken)
+    }
+
+    fn leave_shorts(&mut self) {
+        if std::mem::take(&mut self.tries) > 0 {
+            self.gate.tried(self.stream.id(), None);
+        }
+    }
+}
+
+impl Drop for GatedSend {
+    fn drop(&mut self) {
+        self.leave_shorts();
     }
 }
 
@@ -114,7 +199,7 @@ impl DerefMut for GatedSend {
 impl From<quinn::SendStream> for GatedSend {
     /// With a gate of its own.
     fn from(stream: quinn::SendStream) -> Self {
-        Self { stream, gate: Arc::default() }
+        Self::new(stream, Arc::default())
     }
 }
 
@@ -124,18 +209,42 @@ mod tests {
 
     use super::*;
 
+    fn stream(index: u64) -> StreamId {
+        StreamId::new(quinn::Side::Client, quinn::Dir::Bi, index)
+    }
+
     #[test]
     fn bulk_holds_still_while_something_short_waits() {
         let gate = Gate::default();
         let waker = noop_waker();
         let cx = Context::from_waker(&waker);
-        assert!(!gate.holds(&cx));
+        let holds = |index| gate.holds(stream(index), &cx);
+        assert!(!holds(0));
         let (first, second) = (gate.go_ahead(), gate.go_ahead());
-        assert!(gate.holds(&cx) && gate.holds(&cx));
-        assert_eq!(gate.held().len(), 1, "one waker for each task");
+        assert!(holds(0) && holds(0) && holds(1));
+        assert_eq!(locked(&gate.held).len(), 2, "each once");
         drop(first);
-        assert!(gate.holds(&cx));
+        assert!(holds(0));
         drop(second);
-        assert!(!gate.holds(&cx) && gate.held().is_empty());
+        assert!(!holds(0) && locked(&gate.held).is_empty());
+    }
+
+    #[test]
+    fn what_is_short_on_a_carried_connection_tries_once_before_bulk() {
+        let gate = Gate::default();
+        let cx = Context::from_waker(Waker::noop());
+        let waits = |index| gate.tried(stream(index), Some(Waker::noop().clone()));
+        gate.ask_shorts();
+        assert!(!gate.holds(stream(0), &cx), "nobody waits");
+        waits(1);
+        waits(2);
+        gate.ask_shorts();
+        gate.ask_shorts();
+        assert!(gate.holds(stream(0), &cx));
+        waits(1);
+        assert!(gate.holds(stream(0), &cx), "the other has not tried yet");
+        gate.tried(stream(2), None);
+        gate.tried(stream(3), None);
+        assert!(!gate.holds(stream(0), &cx) && locked(&gate.held).is_empty(), "though one waits still");
     }
 }

@@ -253,7 +253,7 @@ impl SendHalf {
     /// Some of `chunks`, at least a byte; what is written is gone from them.
     pub(crate) fn poll_write(&mut self, cx: &mut Context<'_>, chunks: &mut [Bytes]) -> Poll<Result<usize, Broken>> {
         match self {
-            Self::Quic(send) => send.poll_bulk(cx, chunks),
+            Self::Quic(send) => send.poll_some(cx, chunks),
             Self::Tcp(send) => send.poll_write(cx, chunks),
         }
     }
