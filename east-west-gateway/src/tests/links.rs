@@ -163,6 +163,32 @@ async fn a_link_that_says_quic_is_not_made_over_tcp_by_whoever_blocks_udp() {
     assert!(!gateways[0].inspector.tunnels().remove(0).up);
 }
 
+#[tokio::test]
+async fn tcp_connections_that_hang_delay_streams_but_fail_none() {
+    let (east, west) = (Server::bind().await, Server::bind().await);
+    let relay = tokio::sync::OnceCell::new();
+    let (gateways, _) = pair(LinkTransport::Tcp, [&east, &west], async |[_, w]: [&Gateway; 2]| {
+        let relay = relay.get_or_init(|| Relay::before(w.tunnel)).await;
+        [None, Some(relay.address)]
+    })
+    .await;
+    gateways[0].sees_ready("west").await;
+    let relay = relay.get().unwrap();
+    let all = |n| futures_util::future::join_all((0..n).map(|_| carried(&gateways[0], "west", &west)));
+    let core = gateways[0].core().await;
+    let silent = || core.metrics.attempted(&cluster("west"), "silent");
+    // The first one is the link's control connection, the second a warm one.
+    relay.stall_tcp(|nth| nth == 1);
+    all(4).await;
+    let before = silent();
+    assert!(before <= 1, "that stream took another connection of the same link");
+    // And every other one that is dialled from now on.
+    let made = relay.tcp_connections();
+    relay.stall_tcp(move |nth| nth >= made && nth % 2 == 0);
+    all(16).await;
+    assert_eq!(silent(), before, "what waited for a dial took what another one became");
+}
+
 async fn a_renewed_certificate_is_shown_on_a_new_link_and_the_old_one_finishes_what_it_carries(over: LinkTransport) {
     let west = Server::bind().await;
     let (gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;

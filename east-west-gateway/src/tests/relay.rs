@@ -13,15 +13,18 @@ use std::{
 
 use tokio::{
     net::{TcpListener, TcpStream, UdpSocket},
-    sync::mpsc,
+    sync::{mpsc, watch},
 };
 
 use super::rig::local;
+
+type Stalls = Box<dyn Fn(usize) -> bool + Send + Sync>;
 
 /// Stands in front of one gateway's tunnel address, for UDP and TCP.
 pub(super) struct Relay {
     pub(super) address: SocketAddr,
     state: Arc<State>,
+    stalls: watch::Sender<Stalls>,
 }
 
 #[derive(Default)]
@@ -37,6 +40,7 @@ struct State {
     /// Answers are dropped as soon as the near side has shown its certificate.
     holds_at_certificate: AtomicBool,
     held: AtomicBool,
+    connections: AtomicUsize,
 }
 
 impl Relay {
@@ -49,21 +53,43 @@ impl Relay {
         };
         let address = udp.local_addr().unwrap();
         let state = Arc::new(State::default());
+        let (stalls, stalled) = watch::channel(Box::new(|_| false) as Stalls);
         tokio::spawn(datagrams(Arc::new(udp), target, state.clone()));
+        let passed = state.clone();
         tokio::spawn(async move {
             while let Ok((mut near, _)) = tcp.accept().await {
+                let nth = passed.connections.fetch_add(1, Ordering::Relaxed);
+                let mut stalled = stalled.clone();
                 tokio::spawn(async move {
-                    let mut far = TcpStream::connect(target).await?;
-                    tokio::io::copy_bidirectional(&mut near, &mut far).await
+                    let carry = async {
+                        let mut far = TcpStream::connect(target).await?;
+                        tokio::io::copy_bidirectional(&mut near, &mut far).await
+                    };
+                    tokio::select! {
+                        biased;
+                        () = async { drop(stalled.wait_for(|stalls| stalls(nth)).await) } => std::future::pending().await,
+                        carried = carry => drop(carried),
+                    }
                 });
             }
         });
-        Self { address, state }
+        Self { address, state, stalls }
     }
 
     /// From now on UDP goes nowhere, in silence.
     pub(super) fn block_udp(&self, blocked: bool) {
         self.state.drops_udp.store(blocked, Ordering::Relaxed);
+    }
+
+    /// From now on nothing passes on those TCP connections, counted from 0 as they were made, for which this is true. They
+    /// stay open.
+    pub(super) fn stall_tcp(&self, which: impl Fn(usize) -> bool + Send + Sync + 'static) {
+        drop(self.stalls.send_replace(Box::new(which)));
+    }
+
+    /// How many TCP connections were made.
+    pub(super) fn tcp_connections(&self) -> usize {
+        self.state.connections.load(Ordering::Relaxed)
     }
 
     /// From now on one in `n` datagrams from near to far is lost; 0: none.

@@ -284,12 +284,14 @@ impl Registry {
         word.apply(&mut leg.table, MAX_SERVICES)
     }
 
-    /// The better of two working tunnels to `cluster`, of those not `tried`. In this order: draining ones, gateways that
-    /// failed already, ones that are full or whose answers are overdue, and links that the peer dialled only if there is
-    /// nothing better.
+    /// The better of two working tunnels to `cluster`, of those not `tried`; over TCP a stream has a connection of its own,
+    /// so that another one on the same link may do better. In this order: draining ones, gateways that failed already, ones
+    /// that are full or whose answers are overdue, and links that the peer dialled only if there is nothing better.
     pub(crate) fn pick(&self, cluster: &ClusterName, tried: &[Tried]) -> Option<Arc<Tunnel>> {
         let tried: Vec<&Tried> = tried.iter().filter(|x| x.tunnel.cluster == *cluster).collect();
-        let same = |x: &Tried, t: &Tunnel| x.tunnel.id == t.id || (x.refused && x.tunnel.gateway == t.gateway);
+        let shared = |t: &Tunnel| t.link.transport() == Transport::Quic;
+        let refused = |x: &Tried, t: &Tunnel| x.refused && x.tunnel.gateway == t.gateway;
+        let same = |x: &Tried, t: &Tunnel| (x.tunnel.id == t.id && shared(t)) || refused(x, t);
         let out = |t: &Tunnel| tried.iter().any(|x| same(x, t));
         let up: Vec<Arc<Tunnel>> = of_cluster(&self.lock(), cluster)
             .flat_map(|peer| &peer.legs)

@@ -1,7 +1,7 @@
 //! The dialling side of a TCP link: its control connection, and the connections it keeps warm or on offer.
 //!
-//! One task per link refills what is used, replaces what grows old, and dials at most a few at a time. It ends with the
-//! link.
+//! One task per link refills what is used, replaces what grows old, and dials at most a few at a time; one that takes long
+//! holds up no other. It ends with the link.
 
 use std::{
     net::SocketAddr,
@@ -9,11 +9,15 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use isthmus_api::proto::tunnel::v1::{TcpPreface, TcpPurpose};
 use isthmus_model::ids::ClusterName;
 use isthmus_runtime::backoff::Backoff;
 use rustls::{ClientConfig, pki_types::ServerName};
-use tokio::{net::TcpStream, time};
+use tokio::{
+    net::TcpStream,
+    time::{self, Instant},
+};
 
 use super::{
     ALPN, LinkNumber, TcpLink, prepare,
@@ -31,7 +35,7 @@ use crate::{
 };
 
 /// Handshakes of one link under way at one time.
-const DIALS: usize = 8;
+const DIALS: usize = 32;
 const BACKOFF_BASE: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
 /// How often age is looked at, and the memory of misses halved.
@@ -136,57 +140,69 @@ async fn admit(link: &TcpLink, established: Established, purpose: Purpose) -> Re
 async fn keep(link: Arc<TcpLink>) {
     let Some(way) = &link.way else { return };
     let mut backoff = Backoff::new(BACKOFF_BASE, BACKOFF_MAX);
+    let mut pause = None;
     let mut ticks = time::interval(TICK);
+    let mut dials = FuturesUnordered::new();
+    let mut under_way = UnderWay::default();
     loop {
-        match refill(&link, way).await {
-            Ok(true) => backoff.reset(),
-            Ok(false) => tokio::select! {
-                () = link.taken.notified() => {}
-                _ = ticks.tick() => {
-                    link.misses.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n / 2)).ok();
-                    let limit = link.config.idle_timeout;
-                    link.lock().retain(|ready| clock::since(ready.since) < limit && ready.connection.is_quiet());
-                }
-                () = link.closed.cancelled() => return,
-            },
-            Err(error) => {
-                tracing::debug!(cluster = %way.cluster, address = %way.address, %error, "no further connection");
-                tokio::select! {
-                    () = time::sleep(backoff.next()) => {}
-                    () = link.closed.cancelled() => return,
+        while pause.is_none()
+            && dials.len() < DIALS
+            && let Some(purpose) = link.missing(&under_way)
+        {
+            *under_way.of(purpose) += 1;
+            let link = &link;
+            dials.push(async move { (purpose, way.connect(link, purpose).await) });
+        }
+        tokio::select! {
+            Some((purpose, dialled)) = dials.next() => {
+                *under_way.of(purpose) -= 1;
+                match dialled {
+                    Ok(connection) => {
+                        backoff.reset();
+                        if purpose == Purpose::Offer {
+                            offer(&link, way, connection);
+                        } else {
+                            link.put(connection);
+                        }
+                    }
+                    Err(error) => {
+                        tracing::debug!(cluster = %way.cluster, address = %way.address, %error, "no further connection");
+                        pause = Some(Instant::now() + backoff.next());
+                    }
                 }
             }
+            () = time::sleep_until(pause.unwrap_or_else(Instant::now)), if pause.is_some() => pause = None,
+            () = link.taken.notified() => {}
+            _ = ticks.tick() => {
+                link.misses.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n / 2)).ok();
+                let limit = link.config.idle_timeout;
+                link.lock().retain(|ready| clock::since(ready.since) < limit && ready.connection.is_quiet());
+            }
+            () = link.closed.cancelled() => return,
         }
     }
 }
 
-/// Dials some of what is missing. Returns whether anything was.
-async fn refill(link: &Arc<TcpLink>, way: &Way) -> Result<bool, TcpError> {
-    let missing = link.warm().saturating_sub(link.lock().len());
-    let unoffered = link.wanted.load(Ordering::Relaxed).saturating_sub(link.offered.load(Ordering::Relaxed));
-    let purposes = std::iter::repeat_n(Purpose::Stream, missing).chain(std::iter::repeat_n(Purpose::Offer, unoffered));
-    let dials: Vec<_> =
-        purposes.take(DIALS).map(|purpose| async move { (purpose, way.connect(link, purpose).await) }).collect();
-    let any = !dials.is_empty();
-    let dialled = tokio::select! {
-        dialled = futures_util::future::join_all(dials) => dialled,
-        () = link.closed.cancelled() => return Ok(false),
-    };
-    let mut failed = None;
-    for (purpose, connection) in dialled {
-        match (purpose, connection) {
-            (Purpose::Stream, Ok(connection)) => link.put(connection),
-            (_, Ok(connection)) => {
-                link.offered.fetch_add(1, Ordering::Relaxed);
-                let link = link.clone();
-                way.core.tasks.spawn("tunnel.tcp_offer", async move {
-                    link.await_first(connection).await;
-                    link.offered.fetch_sub(1, Ordering::Relaxed);
-                    link.taken.notify_one();
-                });
-            }
-            (_, Err(error)) => failed = Some(error),
-        }
+/// Dials of one link, by what they are for.
+#[derive(Default)]
+pub(super) struct UnderWay {
+    pub(super) streams: usize,
+    pub(super) offers: usize,
+}
+
+impl UnderWay {
+    fn of(&mut self, purpose: Purpose) -> &mut usize {
+        if purpose == Purpose::Offer { &mut self.offers } else { &mut self.streams }
     }
-    failed.map_or(Ok(any), Err)
+}
+
+/// Until the peer uses it, or it ends.
+fn offer(link: &Arc<TcpLink>, way: &Way, connection: Connection) {
+    link.offered.fetch_add(1, Ordering::Relaxed);
+    let link = link.clone();
+    way.core.tasks.spawn("tunnel.tcp_offer", async move {
+        link.await_first(connection).await;
+        link.offered.fetch_sub(1, Ordering::Relaxed);
+        link.taken.notify_one();
+    });
 }

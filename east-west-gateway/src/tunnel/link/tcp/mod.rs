@@ -15,6 +15,7 @@ mod tls;
 use std::{
     collections::{HashMap, VecDeque},
     net::SocketAddr,
+    pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak,
         atomic::{AtomicU64, AtomicUsize, Ordering},
@@ -33,7 +34,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    dial::Way,
+    dial::{Purpose, UnderWay, Way},
     stream::{Bond, Connection},
 };
 pub(crate) use self::{
@@ -49,6 +50,9 @@ pub(crate) const ALPN: &[u8] = b"isthmus-tcp/1";
 const MAX_PREFACE: usize = 64;
 /// How long to wait for a connection that the peer should offer. It may not know that we need one.
 const OFFER: Duration = Duration::from_millis(500);
+/// A handshake that takes longer has lost its first packet, which TCP sends again after a second (RFC 6298, 2.1), or has a
+/// long way.
+const OVERDUE: Duration = Duration::from_millis(250);
 /// Streams that the peer opened and nobody has taken yet.
 const BACKLOG: usize = 128;
 
@@ -153,8 +157,9 @@ impl TcpLink {
                 break connection;
             }
             self.misses.fetch_add(1, Ordering::Relaxed);
+            self.taken.notify_one();
             match &self.way {
-                Some(way) => break way.connect(self, dial::Purpose::Stream).await.map_err(|_| Broken)?,
+                Some(way) => break self.dialled(way).await?,
                 None => tokio::select! {
                     () = arrived => {}
                     () = self.closed.cancelled() => return Err(Broken),
@@ -164,6 +169,25 @@ impl TcpLink {
         };
         let (send, recv) = connection.halves();
         Ok((SendHalf::Tcp(send), RecvHalf::Tcp(recv)))
+    }
+
+    /// One that is dialled now; if that takes long, what the others have become is as good.
+    async fn dialled(&self, way: &Way) -> Result<Connection, Broken> {
+        let mut own = pin!(way.connect(self, Purpose::Stream));
+        if let Ok(own) = time::timeout(OVERDUE, &mut own).await {
+            return own.map_err(|_| Broken);
+        }
+        loop {
+            let arrived = self.arrived.notified();
+            if let Some(connection) = self.take() {
+                return Ok(connection);
+            }
+            tokio::select! {
+                own = &mut own => return own.map_err(|_| Broken),
+                () = arrived => {}
+                () = self.closed.cancelled() => return Err(Broken),
+            }
+        }
     }
 
     /// The next stream that the peer opened. Cancel-safe.
@@ -242,6 +266,15 @@ impl TcpLink {
     /// How many connections to keep ready.
     fn warm(&self) -> usize {
         (self.config.min_warm + self.misses.load(Ordering::Relaxed)).min(self.config.max_warm)
+    }
+
+    /// What to dial next, beside what is `under_way`.
+    fn missing(&self, under_way: &UnderWay) -> Option<Purpose> {
+        if self.lock().len() + under_way.streams < self.warm() {
+            return Some(Purpose::Stream);
+        }
+        let offered = self.offered.load(Ordering::Relaxed) + under_way.offers;
+        (offered < self.wanted.load(Ordering::Relaxed)).then_some(Purpose::Offer)
     }
 
     fn take(&self) -> Option<Connection> {
