@@ -38,7 +38,7 @@ use crate::{
     tunnel::{
         accept::Inbound,
         link::{Link, quic::Identity, redundancy::Redundancy, tcp},
-        registry::Registry,
+        registry::{Evidence, Registry},
         stalled::Room,
     },
     view::View,
@@ -174,7 +174,15 @@ impl Core {
 
     /// Brings what is known of a remote cluster up to date.
     pub(crate) fn refresh(&self, cluster: &ClusterName) {
-        self.observed.refresh(cluster, &self.current_view(), || self.registry.evidence(cluster));
+        let view = self.current_view();
+        self.observed.refresh(cluster, &view, || self.evidence(cluster, &view));
+    }
+
+    /// What the gateways of `cluster` say of what it exports.
+    pub(crate) fn evidence(&self, cluster: &ClusterName, view: &View) -> Option<Evidence> {
+        let services = view.global.iter().flat_map(|global| global.services.values());
+        let exported = services.filter(|service| service.exporters.contains_key(cluster));
+        self.registry.evidence(cluster, exported.map(|service| &service.name))
     }
 
     /// Resolves when this gateway serves, with true; or when it stops before.

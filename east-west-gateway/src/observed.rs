@@ -4,7 +4,11 @@
 //! In: the registry's evidence per remote cluster, the local pool's table, and the view (what is exported at all). Out:
 //! candidates, and a version that moves whenever something changed, which is when the agent is told.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use isthmus_model::{
     availability::{Availability, Observations, Report},
@@ -16,9 +20,13 @@ use isthmus_model::{
 use tokio::sync::watch;
 
 use crate::{
+    clock,
     tunnel::{outbox::Table, registry::Evidence},
     view::View,
 };
+
+/// What gateways of one cluster say within this is acted on together.
+const MERGE: Duration = Duration::from_millis(10);
 
 /// The observations of one gateway, of cluster `own`.
 #[derive(Debug)]
@@ -31,9 +39,17 @@ pub(crate) struct Observed {
 #[derive(Debug, Default)]
 struct Inner {
     known: Observations,
+    /// When each remote cluster was brought up to date last, and how long that took.
+    refreshed: BTreeMap<ClusterName, Refreshed>,
     /// Of an earlier run: the history that the first word on each goes on from. It decides nothing by itself, since
     /// only an own tunnel tells what can be reached.
     past: Observations,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Refreshed {
+    began: Instant,
+    took: Duration,
 }
 
 impl Inner {
@@ -85,6 +101,7 @@ impl Observed {
     pub(crate) fn refresh(&self, cluster: &ClusterName, view: &View, evidence: impl FnOnce() -> Option<Evidence>) {
         let now = now();
         let mut inner = self.lock();
+        let began = clock::now();
         let mut changed = false;
         match (evidence(), &view.global) {
             (Some(evidence), Some(global)) if view.is_active(cluster) => {
@@ -104,10 +121,23 @@ impl Observed {
                 c != cluster
             }),
         }
+        if view.is_active(cluster) {
+            inner.refreshed.insert(cluster.clone(), Refreshed { began, took: clock::since(began) });
+        } else {
+            inner.refreshed.remove(cluster);
+        }
         drop(inner);
         if changed {
             self.touch();
         }
+    }
+
+    /// When something that a gateway of `cluster` said at `heard` should be acted on; `None` if it was, with the word of
+    /// another one. They are many and may say much: whatever they say costs at most a tenth of a processor.
+    pub(crate) fn due(&self, cluster: &ClusterName, heard: Instant) -> Option<Instant> {
+        let inner = self.lock();
+        let Some(last) = inner.refreshed.get(cluster) else { return Some(heard) };
+        (last.began <= heard).then(|| heard.max(last.began + last.took + MERGE.max(last.took * 10)))
     }
 
     /// Brings what is known of the own cluster up to date.
@@ -223,6 +253,25 @@ mod tests {
         observed.refresh(&cluster("west"), &view, || evidence(true, Some(1)));
         observed.refresh(&cluster("west"), &view, || evidence(true, None));
         assert_eq!(eligibility(&observed, &view), Eligibility::NoEndpoints);
+    }
+
+    #[test]
+    fn the_gateways_of_a_cluster_are_heard_together_and_at_a_pace() {
+        let view = View { global: Some(federation(&["east", "west"]).into()), ..View::default() };
+        let observed = Observed::new(cluster("east"));
+        let (west, before) = (cluster("west"), clock::now());
+        assert_eq!(observed.due(&west, before), Some(before), "the first word is acted on at once");
+        observed.refresh(&west, &view, || evidence(true, Some(1)));
+        assert_eq!(observed.due(&west, before), None, "what was said before is known");
+        let heard = clock::now();
+        assert!(observed.due(&west, heard).unwrap() >= before + MERGE);
+        let slow = Duration::from_millis(30);
+        observed.refresh(&west, &view, || {
+            let began = clock::now();
+            while clock::since(began) < slow {}
+            evidence(true, Some(1))
+        });
+        assert!(observed.due(&west, clock::now()).unwrap() >= heard + slow * 11, "what takes long is done less often");
     }
 
     #[test]

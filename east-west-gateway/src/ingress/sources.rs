@@ -1,4 +1,5 @@
-//! Shares of the places for what is pending, such as ClientHellos or handshakes: one source address cannot take them all.
+//! Shares of the places for what is pending, such as ClientHellos or handshakes: one source cannot take them all. A source
+//! is an IPv4 address, or an IPv6 prefix of 64 bits: whoever has one address there has them all (RFC 4291, 2.5.1).
 
 use std::{
     collections::HashMap,
@@ -21,7 +22,7 @@ impl Sources {
 
     /// One more of `source`, unless it has its share.
     pub(crate) fn try_acquire(self: &Arc<Self>, source: IpAddr) -> Option<Share> {
-        let source = source.to_canonical();
+        let source = source_of(source);
         let mut pending = self.lock();
         let count = pending.entry(source).or_default();
         if *count >= self.max {
@@ -33,12 +34,19 @@ impl Sources {
 
     /// Whether `source` has half of its share already.
     pub(crate) fn is_busy(&self, source: IpAddr) -> bool {
-        self.lock().get(&source.to_canonical()).is_some_and(|count| *count >= self.max / 2)
+        self.lock().get(&source_of(source)).is_some_and(|count| *count >= self.max / 2)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
         // Every section leaves the map whole, so a panic in another one does not spoil it.
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn source_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        v4 @ IpAddr::V4(_) => v4,
+        IpAddr::V6(v6) => IpAddr::from((u128::from(v6) & !u128::from(u64::MAX)).to_be_bytes()),
     }
 }
 
@@ -85,8 +93,12 @@ mod tests {
         let mapped = IpAddr::from([0, 0, 0, 0, 0, 0xffff, 0x0a00, 1]);
         assert!(sources.try_acquire(a).is_none() && sources.try_acquire(mapped).is_none());
         drop(sources.try_acquire(b).unwrap());
+        let v6 = |text: &str| text.parse::<IpAddr>().unwrap();
+        let _prefix = sources.try_acquire(v6("2001:db8::1")).unwrap();
+        assert!(sources.try_acquire(v6("2001:db8::ffff:0:0:2")).is_none(), "the same /64");
+        drop(sources.try_acquire(v6("2001:db8:0:1::1")).unwrap());
         drop(share);
-        assert!(sources.lock().is_empty());
+        assert_eq!(sources.lock().len(), 1, "the prefix");
         assert!(sources.try_acquire(a).is_some());
     }
 }

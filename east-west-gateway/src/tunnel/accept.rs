@@ -222,7 +222,7 @@ impl Member<'_> {
             core.metrics.forget_gateway(self.cluster, &gateway);
         }
         core.links_changed(self.cluster);
-        let ending = ending::of(&tunnel, &core.config.tunnel);
+        let ending = ending::of(&tunnel);
         if ending.planned {
             tracing::info!(cluster = %self.cluster, gateway, why = ending.words, "peer disconnected");
         } else {

@@ -26,8 +26,6 @@ use crate::{
     frame::{self, FrameError, FrameReader, MAX_CONTROL},
 };
 
-/// Words of a peer that come faster are taken in together: what follows from them costs more than to say them.
-const MERGE: Duration = Duration::from_millis(10);
 /// For the last bytes of streams that have ended at the side that closes the link.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
 
@@ -75,7 +73,7 @@ impl Control {
         let dead_after = ending::dead_after(config, tunnel.link.transport());
         let rhythm = Rhythm { interval: config.ping_interval, dead_after };
         let session = Session::new(rhythm, clock::now());
-        let mut running = Running { control: self, core, tunnel, session, followed: None, stale: false };
+        let mut running = Running { control: self, core, tunnel, session, heard: None };
         let ended = tokio::select! {
             ended = running.run() => Some(ended),
             () = tunnel.link.closed() => None,
@@ -129,10 +127,8 @@ struct Running<'a> {
     core: &'a Core,
     tunnel: &'a Arc<Tunnel>,
     session: Session,
-    /// When what the peer says of its cluster was last acted on.
-    followed: Option<Instant>,
-    /// It has said more since.
-    stale: bool,
+    /// When the peer said something of its cluster that was not acted on yet.
+    heard: Option<Instant>,
 }
 
 /// What made the loop turn.
@@ -157,7 +153,10 @@ impl Running<'_> {
             let now = clock::now();
             let (frames, mut wake) = match self.session.poll(&own, now) {
                 Ok(due) => due,
-                Err(why) => return why.into(),
+                Err(why) => {
+                    self.tunnel.set_dead_because(self.session.evidence(now));
+                    return why.into();
+                }
             };
             self.tunnel.set_suspect(self.session.is_suspect(now));
             if let Some(later) = self.follow(now) {
@@ -194,15 +193,14 @@ impl Running<'_> {
 
     /// Acts on what the peer has said of its cluster; or says when to.
     fn follow(&mut self, now: Instant) -> Option<Instant> {
-        if !self.stale {
-            return None;
+        let due = self.core.observed.due(&self.tunnel.cluster, self.heard?);
+        if let Some(later) = due.filter(|due| *due > now) {
+            return Some(later);
         }
-        let due = self.followed.map_or(now, |at| at + MERGE);
-        if due > now {
-            return Some(due);
+        self.heard = None;
+        if due.is_some() {
+            self.core.refresh(&self.tunnel.cluster);
         }
-        (self.followed, self.stale) = (Some(now), false);
-        self.core.refresh(&self.tunnel.cluster);
         None
     }
 
@@ -238,7 +236,7 @@ impl Running<'_> {
                 if !core.registry.heard(tunnel, word) {
                     return Err(Close::Protocol.into());
                 }
-                self.stale = true;
+                self.heard = Some(clock::now());
             }
             Some(Told::Offers(connections)) => {
                 if let Link::Tcp(link) = &tunnel.link {
@@ -254,6 +252,7 @@ impl Running<'_> {
     /// much longer as with its pongs: behind much bulk, room for a frame is told of late.
     async fn send(&mut self, kind: Kind) -> Result<(), Close> {
         let frame = frame::encode(&ControlFrame { kind: Some(kind) }).map_err(|_| Close::Protocol)?;
+        let began = clock::now();
         let mut write = pin!(self.control.send.write_all(&frame));
         for _ in 0..GRACE {
             let packets = self.tunnel.link.path().received;
@@ -263,6 +262,9 @@ impl Running<'_> {
                 Err(_) => break,
             }
         }
+        let evidence = self.session.evidence(clock::now());
+        self.tunnel
+            .set_dead_because(format!("no room for a control frame for {:.1?}, {evidence}", clock::since(began)));
         Err(Close::Dead)
     }
 }

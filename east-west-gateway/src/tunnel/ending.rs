@@ -30,16 +30,16 @@ pub(crate) fn dead_after(config: &TunnelConfig, transport: Transport) -> Duratio
 }
 
 /// How `tunnel`'s link, which is closed, came to its end.
-pub(crate) fn of(tunnel: &Tunnel, config: &TunnelConfig) -> Ending {
+pub(crate) fn of(tunnel: &Tunnel) -> Ending {
     let link = &tunnel.link;
     match (link.own_reason(), tunnel.replaced_because()) {
         (Some(Close::Replaced), Some(words)) => Ending { words: format!("replaced: {words}"), planned: true },
-        (Some(why), _) => by_us(why, dead_after(config, link.transport())),
+        (Some(why), _) => by_us(why, tunnel.dead_because()),
         (None, _) => link.why_closed().map_or_else(|| because("it broke".to_owned()), |why| by_others(&why)),
     }
 }
 
-fn by_us(why: Close, dead_after: Duration) -> Ending {
+fn by_us(why: Close, dead_because: Option<&str>) -> Ending {
     let (words, planned) = match why {
         Close::Drained => ("this gateway has drained", true),
         Close::Replaced => ("replaced: the peer moved, left its cluster's list, or its certificate ended", true),
@@ -47,7 +47,7 @@ fn by_us(why: Close, dead_after: Duration) -> Ending {
         Close::NotAMember => ("the peer's cluster is no active member", true),
         Close::Overloaded => ("the peer's cluster has too many links", false),
         Close::Protocol => ("the peer broke the protocol", false),
-        Close::Dead => return because(format!("peer dead: no sign of life for {dead_after:?}")),
+        Close::Dead => return because(format!("peer dead: {}", dead_because.unwrap_or("no sign of life"))),
     };
     Ending { words: words.to_owned(), planned }
 }
@@ -109,9 +109,9 @@ mod tests {
     }
 
     #[test]
-    fn a_dead_peer_is_told_with_how_long_it_was_silent() {
-        let ending = by_us(Close::Dead, Duration::from_millis(400));
-        assert_eq!(ending.words, "peer dead: no sign of life for 400ms");
+    fn a_dead_peer_is_told_with_what_showed_it() {
+        let ending = by_us(Close::Dead, Some("no sign of life for 401.3ms"));
+        assert_eq!(ending.words, "peer dead: no sign of life for 401.3ms");
         assert!(!ending.planned);
     }
 

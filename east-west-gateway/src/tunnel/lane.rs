@@ -257,7 +257,7 @@ impl Peer {
         if tunnel.link.why_closed().is_none() {
             tunnel.link.close(Close::Drained);
         }
-        let ending = ending::of(&tunnel, &core.config.tunnel);
+        let ending = ending::of(&tunnel);
         let (cluster, gateway) = &self.key;
         if ending.planned {
             tracing::info!(%cluster, gateway, why = ending.words, "tunnel down");

@@ -94,6 +94,13 @@ impl Liveness {
         self.last_sign = now;
     }
 
+    /// What tells that the peer is dead, in words.
+    pub(crate) fn evidence(&self, now: Instant) -> String {
+        let since = |then| format!("{:.1?}", now.duration_since(then));
+        let (sign, pong) = (since(self.last_sign), since(self.last_pong));
+        format!("no sign of life for {sign}, no pong for {pong}, {} pings without answer", self.unanswered.len())
+    }
+
     /// Pongs are overdue: two intervals beyond the usual round trip.
     pub(crate) fn is_suspect(&self, now: Instant) -> bool {
         let overdue = self.rhythm.interval * 2 + self.rtt.unwrap_or_default() * 2;

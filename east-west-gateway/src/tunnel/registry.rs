@@ -316,8 +316,12 @@ impl Registry {
         tunnels.find(succeeded).cloned()
     }
 
-    /// What is known of `cluster`; `None` if no gateway of it is known.
-    pub(crate) fn evidence(&self, cluster: &ClusterName) -> Option<Evidence> {
+    /// What is known of `cluster` and these services; `None` if no gateway of it is known. Its gateways may speak of others.
+    pub(crate) fn evidence<'s>(
+        &self,
+        cluster: &ClusterName,
+        services: impl Iterator<Item = &'s ServiceName>,
+    ) -> Option<Evidence> {
         let peers = self.lock();
         let all: Vec<&Peer> = of_cluster(&peers, cluster).collect();
         if all.is_empty() {
@@ -327,13 +331,10 @@ impl Registry {
         let reachable = !serving.is_empty();
         // Without a tunnel the last legs stand, so that it is known what was there.
         let speakers = if reachable { &serving } else { &all };
-        let mut table = Table::new();
-        for (service, word) in speakers.iter().flat_map(|peer| peer.table()) {
-            let best = table.entry(service.clone()).or_insert(*word);
-            if (word.ready, word.total) > (best.ready, best.total) {
-                *best = *word;
-            }
-        }
+        let best = |service| {
+            speakers.iter().filter_map(|peer| peer.table().get(service)).max_by_key(|word| (word.ready, word.total))
+        };
+        let table: Table = services.filter_map(|service| Some((service.clone(), *best(service)?))).collect();
         let tried = all.iter().all(|peer| peer.dial.as_ref().is_none_or(|dial| dial.tried));
         Some(Evidence { reachable, tried, table })
     }

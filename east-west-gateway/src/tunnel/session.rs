@@ -126,6 +126,11 @@ impl Session {
         Ok((out, self.again.map_or(wake, |again| wake.min(again))))
     }
 
+    /// What tells that the peer is dead, in words.
+    pub(crate) fn evidence(&self, now: Instant) -> String {
+        self.liveness.evidence(now)
+    }
+
     /// The peer's answers are overdue.
     pub(crate) fn is_suspect(&self, now: Instant) -> bool {
         self.liveness.is_suspect(now)

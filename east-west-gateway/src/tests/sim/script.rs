@@ -351,7 +351,8 @@ impl Stage {
         let mut known = None;
         // Ten times what a lost link and a dozen lost datagrams take.
         for _ in 0..1_000 {
-            known = self.gateways[0].core.registry.evidence(&far.cluster);
+            let near = &self.gateways[0].core;
+            known = near.evidence(&far.cluster, &near.current_view());
             if known.as_ref().is_some_and(|e| e.reachable && e.table == **far.pool.table().borrow()) {
                 return Ok(());
             }

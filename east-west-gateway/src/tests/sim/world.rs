@@ -9,6 +9,7 @@ use std::{
 
 use isthmus_identity::{svid::Svid, tls::IdentitySource};
 use isthmus_model::{
+    failover::Eligibility,
     global::GlobalSnapshot,
     ids::{ClusterName, ServiceName},
     local::{Endpoint, LocalEndpoints},
@@ -127,13 +128,13 @@ impl Gateway {
 
     /// The first in line for the service that is called, once it is known that both far clusters serve.
     pub(super) fn first_choice(&self) -> Option<ClusterName> {
-        let serves = |name: &str| {
-            self.core.registry.evidence(&cluster(name)).is_some_and(|e| e.reachable && !e.table.is_empty())
-        };
-        if !CLUSTERS[1..].iter().all(|name| serves(name)) {
+        let candidates = self.core.candidates(&service_name(), 80)?;
+        // What they have said is acted on a little later.
+        let ready =
+            |name: &&str| candidates.iter().any(|c| c.cluster == cluster(name) && c.eligibility == Eligibility::Ready);
+        if !CLUSTERS[1..].iter().all(ready) {
             return None;
         }
-        let candidates = self.core.candidates(&service_name(), 80)?;
         candidates.into_iter().map(|candidate| candidate.cluster).find(|c| *c != self.core.cluster)
     }
 }

@@ -66,7 +66,19 @@ impl Gate {
         waits()
     }
 
-    /// Bulk is about to try: those who wait with something short do so before it.
+    /// Whether bulk on `stream` may try now; it is woken if not. Those who wait with something short try before it, once:
+    /// then bulk must, whatever came of it, since only a try in vain makes quinn wake it when there is room.
+    fn bulk_may_try(&self, stream: StreamId, asked: &mut bool, cx: &Context<'_>) -> bool {
+        if !std::mem::replace(asked, true) {
+            self.ask_shorts();
+        }
+        if self.holds(stream, cx) {
+            return false;
+        }
+        *asked = false;
+        true
+    }
+
     fn ask_shorts(&self) {
         let mut shorts = locked(&self.shorts);
         if shorts.waiting.is_empty() {
@@ -122,11 +134,13 @@ pub(crate) struct GatedSend {
     bulk: bool,
     /// Tries in vain with something short.
     tries: u8,
+    /// For this try of bulk, those with something short were asked.
+    asked: bool,
 }
 
 impl GatedSend {
     pub(crate) fn new(stream: quinn::SendStream, gate: Arc<Gate>) -> Self {
-        Self { stream, gate, bulk: false, tries: 0 }
+        Self { stream, gate, bulk: false, tries: 0, asked: false }
     }
 
     /// Something short, all of it.
@@ -145,8 +159,8 @@ impl GatedSend {
         let length: usize = chunks.iter().map(Bytes::len).sum();
         let short = length <= SHORT && !self.bulk;
         if !short {
-            self.gate.ask_shorts();
-            if self.gate.holds(stream, cx) {
+            self.leave_shorts();
+            if !self.gate.bulk_may_try(stream, &mut self.asked, cx) {
                 return Poll::Pending;
             }
         }
@@ -230,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_short_on_a_carried_connection_tries_once_before_bulk() {
+    fn what_is_short_on_a_carried_connection_tries_once_before_each_try_of_bulk() {
         let gate = Gate::default();
         let cx = Context::from_waker(Waker::noop());
         let waits = |index| gate.tried(stream(index), Some(Waker::noop().clone()));
@@ -246,5 +260,11 @@ mod tests {
         gate.tried(stream(2), None);
         gate.tried(stream(3), None);
         assert!(!gate.holds(stream(0), &cx) && locked(&gate.held).is_empty(), "though one waits still");
+
+        let mut asked = false;
+        assert!(!gate.bulk_may_try(stream(0), &mut asked, &cx), "it asks the one that waits");
+        waits(1);
+        assert!(gate.bulk_may_try(stream(0), &mut asked, &cx), "which has tried in vain");
+        assert!(!gate.bulk_may_try(stream(0), &mut asked, &cx), "the next time it asks again");
     }
 }

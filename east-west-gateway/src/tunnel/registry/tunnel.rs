@@ -55,6 +55,7 @@ pub(crate) struct Tunnel {
     pub(crate) succeeded: CancellationToken,
     retired: CancellationToken,
     replaced_because: OnceLock<&'static str>,
+    dead_because: OnceLock<String>,
     retired_at: OnceLock<Instant>,
     idle: Notify,
     packets: Mutex<Packets>,
@@ -91,6 +92,7 @@ impl Tunnel {
             succeeded: CancellationToken::new(),
             retired: CancellationToken::new(),
             replaced_because: OnceLock::new(),
+            dead_because: OnceLock::new(),
             retired_at: OnceLock::new(),
             idle: Notify::new(),
             packets: Mutex::default(),
@@ -142,6 +144,16 @@ impl Tunnel {
     /// See above.
     pub(crate) fn replaced_because(&self) -> Option<&'static str> {
         self.replaced_because.get().copied()
+    }
+
+    /// It is given up for dead, for this reason.
+    pub(crate) fn set_dead_because(&self, words: String) {
+        self.dead_because.get_or_init(|| words);
+    }
+
+    /// See above.
+    pub(crate) fn dead_because(&self) -> Option<&str> {
+        self.dead_because.get().map(String::as_str)
     }
 
     /// The peer should open its streams elsewhere, too. Not before it knows of the link that takes this one's place.

@@ -157,7 +157,7 @@ impl Newcomer {
         let slot = Slot { _link: slot, _peers: Some(place) };
         let connection = Connection::new(tls, link.stream_bond(), slot);
         match purpose {
-            TcpPurpose::Stream => link.await_first(connection).await,
+            TcpPurpose::Stream => drop(link.await_first(connection).await),
             TcpPurpose::Offer => link.put(connection),
             TcpPurpose::Control | TcpPurpose::Unspecified => core.metrics.reject("peer_protocol"),
         }

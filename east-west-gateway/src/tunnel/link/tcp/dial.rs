@@ -38,6 +38,8 @@ use crate::{
 const DIALS: usize = 32;
 const BACKOFF_BASE: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// Until an offer that ended unused is made again.
+const UNUSED: Duration = Duration::from_secs(1);
 /// How often age is looked at, and the memory of misses halved.
 const TICK: Duration = Duration::from_secs(5);
 
@@ -196,12 +198,18 @@ impl UnderWay {
     }
 }
 
-/// Until the peer uses it, or it ends.
+/// Until the peer uses it, or it ends. One that ended unused keeps its place for a while: the peer might else have us dial
+/// without pause.
 fn offer(link: &Arc<TcpLink>, way: &Way, connection: Connection) {
     link.offered.fetch_add(1, Ordering::Relaxed);
     let link = link.clone();
     way.core.tasks.spawn("tunnel.tcp_offer", async move {
-        link.await_first(connection).await;
+        if !link.await_first(connection).await {
+            tokio::select! {
+                () = time::sleep(UNUSED) => {}
+                () = link.closed.cancelled() => {}
+            }
+        }
         link.offered.fetch_sub(1, Ordering::Relaxed);
         link.taken.notify_one();
     });

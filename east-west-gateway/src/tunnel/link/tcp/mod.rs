@@ -152,7 +152,9 @@ impl TcpLink {
             if self.closed.is_cancelled() {
                 return Err(Broken);
             }
-            let arrived = self.arrived.notified();
+            let mut arrived = pin!(self.arrived.notified());
+            // What comes after the look at what is there is not missed.
+            arrived.as_mut().enable();
             if let Some(connection) = self.take() {
                 break connection;
             }
@@ -178,7 +180,8 @@ impl TcpLink {
             return own.map_err(|_| Broken);
         }
         loop {
-            let arrived = self.arrived.notified();
+            let mut arrived = pin!(self.arrived.notified());
+            arrived.as_mut().enable();
             if let Some(connection) = self.take() {
                 return Ok(connection);
             }
@@ -300,19 +303,23 @@ impl TcpLink {
         }
     }
 
-    /// Waits for the first bytes on a connection that the peer may use, and hands it on as a stream of the peer's.
-    async fn await_first(&self, connection: Connection) {
+    /// Waits for the first bytes on a connection that the peer may use, and hands it on as a stream of the peer's; whether
+    /// it came to that.
+    async fn await_first(&self, connection: Connection) -> bool {
         let (send, mut recv) = connection.halves();
         // The peer gives it up before we do, unless it is gone.
         let limit = self.config.idle_timeout + Duration::from_secs(15);
         let first = tokio::select! {
             first = time::timeout(limit, recv.chunk()) => first,
-            () = self.closed.cancelled() => return,
+            () = self.closed.cancelled() => return false,
         };
-        let Ok(Ok(Some(bytes))) = first else { return };
+        let Ok(Ok(Some(bytes))) = first else { return false };
         recv.push_back(bytes);
-        // A full backlog makes the peer's next streams wait; its deadlines judge that.
-        drop(self.to_accept.send((SendHalf::Tcp(send), RecvHalf::Tcp(recv))).await);
+        // A full backlog makes the peer's next streams wait; its deadlines judge that. Nobody empties it after the end.
+        tokio::select! {
+            sent = self.to_accept.send((SendHalf::Tcp(send), RecvHalf::Tcp(recv))) => sent.is_ok(),
+            () = self.closed.cancelled() => false,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Ready>> {
@@ -356,5 +363,42 @@ fn prepare(tcp: &TcpStream, core: &Core) {
     let unacknowledged = core.config.tunnel.tcp.user_timeout;
     if let Err(error) = SockRef::from(tcp).set_tcp_user_timeout(Some(unacknowledged)) {
         tracing::debug!(%error, "TCP_USER_TIMEOUT refused");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::task::JoinSet;
+
+    use super::{
+        stream::Slot,
+        tls::tests::{pair, say},
+        *,
+    };
+    use crate::testkit::cluster;
+
+    #[tokio::test]
+    async fn what_nobody_accepts_ends_with_the_link() {
+        let remote = SocketAddr::from(([127, 0, 0, 1], 1));
+        let leaf = CertificateDer::from(Vec::new());
+        let link = TcpLink::new([7; 16], cluster("east"), (remote, leaf), &TcpConfig::default(), None);
+        let link = Arc::new(link);
+        let (mut peers, mut waiting) = (Vec::new(), JoinSet::new());
+        for _ in 0..=BACKLOG {
+            let (mut near, far) = pair().await;
+            say(&mut near, b"1").await;
+            peers.push(near);
+            let slot = Slot { _link: link.slots.clone().try_acquire_owned().unwrap(), _peers: None };
+            let connection = Connection::new(far, link.stream_bond(), slot);
+            let link = link.clone();
+            waiting.spawn(async move { link.await_first(connection).await });
+        }
+        for _ in 0..BACKLOG {
+            assert_eq!(waiting.join_next().await.map(Result::unwrap), Some(true), "it is to be accepted");
+        }
+        assert_eq!(link.to_accept.capacity(), 0);
+        link.end();
+        let last = time::timeout(Duration::from_secs(5), waiting.join_next()).await.expect("it ends");
+        assert_eq!(last.map(Result::unwrap), Some(false));
     }
 }

@@ -312,4 +312,4 @@ fn advance<'a>(chunks: impl Iterator<Item = &'a mut Bytes>, mut n: usize) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -15,7 +15,7 @@ use crate::{
     tunnel::link::{Broken, quic},
 };
 
-async fn pair() -> (Tls, Tls) {
+pub(in crate::tunnel::link::tcp) async fn pair() -> (Tls, Tls) {
     let (client, server) = (IdentitySource::new(svid("east")), IdentitySource::new(svid("west")));
     let policy = || quic::any_gateway(&FEDERATION.parse().unwrap());
     let mut client = client_config(Some(&client), &trust(), policy(), &[b"test"]).unwrap();
@@ -31,7 +31,7 @@ async fn pair() -> (Tls, Tls) {
     (Tls::new(near.unwrap()).unwrap(), Tls::new(far.unwrap()).unwrap())
 }
 
-async fn say(tls: &mut Tls, bytes: &[u8]) {
+pub(in crate::tunnel::link::tcp) async fn say(tls: &mut Tls, bytes: &[u8]) {
     let mut chunks = [Bytes::copy_from_slice(bytes)];
     while chunks.iter().any(|chunk| !chunk.is_empty()) {
         poll_fn(|cx| tls.poll_write(cx, &mut chunks)).await.unwrap();
