@@ -368,8 +368,6 @@ fn prepare(tcp: &TcpStream, core: &Core) {
 
 #[cfg(test)]
 mod tests {
-    use tokio::task::JoinSet;
-
     use super::{
         stream::Slot,
         tls::tests::{pair, say},
@@ -383,22 +381,21 @@ mod tests {
         let leaf = CertificateDer::from(Vec::new());
         let link = TcpLink::new([7; 16], cluster("east"), (remote, leaf), &TcpConfig::default(), None);
         let link = Arc::new(link);
-        let (mut peers, mut waiting) = (Vec::new(), JoinSet::new());
-        for _ in 0..=BACKLOG {
+        let mut peers = Vec::new();
+        for taken in 0..=BACKLOG {
             let (mut near, far) = pair().await;
             say(&mut near, b"1").await;
             peers.push(near);
             let slot = Slot { _link: link.slots.clone().try_acquire_owned().unwrap(), _peers: None };
-            let connection = Connection::new(far, link.stream_bond(), slot);
-            let link = link.clone();
-            waiting.spawn(async move { link.await_first(connection).await });
+            let mut waits = pin!(link.await_first(Connection::new(far, link.stream_bond(), slot)));
+            if taken < BACKLOG {
+                assert!(waits.await, "it is to be accepted");
+                continue;
+            }
+            let waited = time::timeout(Duration::from_millis(200), &mut waits).await;
+            assert!(waited.is_err(), "there is no room, and nobody accepts");
+            link.end();
+            assert_eq!(time::timeout(Duration::from_secs(5), waits).await, Ok(false));
         }
-        for _ in 0..BACKLOG {
-            assert_eq!(waiting.join_next().await.map(Result::unwrap), Some(true), "it is to be accepted");
-        }
-        assert_eq!(link.to_accept.capacity(), 0);
-        link.end();
-        let last = time::timeout(Duration::from_secs(5), waiting.join_next()).await.expect("it ends");
-        assert_eq!(last.map(Result::unwrap), Some(false));
     }
 }
