@@ -54,11 +54,12 @@ fuzz: ## Fuzz the gateway's decoders, TIME=60 seconds each (WHAT=tunnel, hello o
 fuzz-seeds: ## Write fuzz/corpus/ anew, from real hellos and frames
 	@$(CARGO) test --workspace --lib --locked -q -- --ignored --exact fuzzing::seeds::write_seeds
 
-bench: ## Measure beside Envoy, release build: WHAT=gateway or failover (QUICK=1: a rough answer in two to three minutes)
-	@case "$(WHAT)" in gateway|failover) ;; *) \
+bench: ## Measure beside Envoy, release build: WHAT=gateway, failover or limits (QUICK=1: a rough answer in two to three minutes)
+	@case "$(WHAT)" in gateway|failover|limits) ;; *) \
 	  [ -z "$(WHAT)" ] || echo "There is no benchmark '$(WHAT)'." >&2; \
 	  echo "make bench WHAT=gateway    throughput, latency, new connections, memory, a long path with loss" >&2; \
 	  echo "make bench WHAT=failover   failed requests when gateways and clusters fail" >&2; \
+	  echo "make bench WHAT=limits     what a packet costs on this machine, whoever sends it" >&2; \
 	  echo "QUICK=1 gives a rough answer in two to three minutes." >&2; exit 2;; esac
 	@deploy/tools/require.sh cc setpriv ip nft python3 pip
 	@$(MAKE) --no-print-directory envoy

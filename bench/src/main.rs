@@ -1,11 +1,12 @@
 //! isthmus-bench: measures Isthmus against what people would use instead, side by side, in one run.
 //!
-//! One module per benchmark ([`gateway`], [`failover`]); [`load`] and [`node`] are processes that they start; [`wan`] is a lossy
+//! One module per benchmark ([`gateway`], [`failover`], [`limits`]); [`load`] and [`node`] are processes that they start; [`wan`] is a lossy
 //! link between network namespaces; [`report`] turns measurements into tables, JSON and plots. Nothing here asserts speed: it
 //! measures and says what held.
 
 mod failover;
 mod gateway;
+mod limits;
 mod load;
 mod node;
 mod report;
@@ -28,6 +29,8 @@ enum Args {
     Gateway(gateway::Args),
     /// Faults of gateways and clusters under load, beside Envoy with Istio's defaults.
     Failover(failover::Args),
+    /// What a packet costs on this machine, whoever sends it.
+    Limits(limits::Args),
     /// A link with delay and loss between two network namespaces.
     Wan(wan::Args),
     /// Puts the last results into docs/benchmarks.md, with plots.
@@ -60,6 +63,11 @@ async fn run(args: Args) -> anyhow::Result<()> {
     match args {
         Args::Gateway(args) => gateway::run(args).await,
         Args::Failover(args) => failover::run(args).await,
+        // With runtimes of its own.
+        Args::Limits(args) => {
+            let measured = std::thread::spawn(move || limits::run(&args)).join();
+            measured.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        }
         Args::Wan(args) => wan::run(args).await,
         Args::Report(args) => report::page::run(&args),
         Args::Node(args) => node::run(&args).await,

@@ -165,6 +165,8 @@ async fn accept(core: Arc<Core>, listener: TcpListener, entry: Entry, stop: Canc
         () = core.steps.open.cancelled() => {}
         () = stop.cancelled() => return,
     }
+    // Before the first byte, too: whatever ends this process is no orderly end of what it has accepted.
+    splice::abort(&listener);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,

@@ -9,6 +9,7 @@ mod direction;
 
 use std::{
     future::poll_fn,
+    os::fd::AsFd,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -145,8 +146,8 @@ pub(crate) async fn splice(near: &TcpStream, far: &mut Far, first: Bytes, limits
     Carried { out: out.into_inner(), back: back.into_inner(), end }
 }
 
-/// Makes the close of `tcp` a reset, so that its peer never takes a cut for an end.
-pub(crate) fn abort(tcp: &TcpStream) {
+/// Makes the close of `tcp` a reset, so that its peer never takes a cut for an end; of a listener: that of all that it accepts.
+pub(crate) fn abort(tcp: &impl AsFd) {
     // Fails only on a socket that is gone already.
     drop(SockRef::from(tcp).set_linger(Some(Duration::ZERO)));
 }
@@ -181,5 +182,30 @@ async fn outlived(idle: Duration, lifetime: Duration, counts: [&AtomicU64; 2]) -
             return End::Idle;
         }
         before = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use tokio::{io::AsyncReadExt, net::TcpListener};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_a_listener_accepts_ends_in_a_reset_whoever_closes_it() {
+        for aborts in [false, true] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            if aborts {
+                abort(&listener);
+            }
+            let address = listener.local_addr().unwrap();
+            let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+            // As the kernel does it for a killed process.
+            drop(accepted.unwrap());
+            let seen = client.unwrap().read(&mut [0; 1]).await.map_err(|error| error.kind());
+            assert_eq!(seen, if aborts { Err(ErrorKind::ConnectionReset) } else { Ok(0) });
+        }
     }
 }

@@ -34,6 +34,35 @@ async fn a_connection_is_reset_at_its_age_limit_however_busy_it_is() {
 }
 
 #[tokio::test]
+async fn a_connection_without_a_byte_is_reset_and_a_busy_one_is_not() {
+    const LIMIT: Duration = Duration::from_millis(400);
+    let west = Server::bind().await.echo(b"west");
+    let east = Gateway::start_with("east", |config| config.ingress.idle_timeout = LIMIT).await;
+    let gateways = [east, Gateway::start("west").await];
+    show(&gateways, &[("east", &[]), ("west", &[west])]).await;
+    let (mut busy, mut idle) = (knock(gateways[0].auto, &sni(None)).await, knock(gateways[0].auto, &sni(None)).await);
+    read(&mut busy, 4).await;
+    read(&mut idle, 4).await;
+    let began = std::time::Instant::now();
+    let talk = async {
+        loop {
+            busy.write_all(b"x").await.unwrap();
+            busy.read_exact(&mut [0; 1]).await.unwrap();
+        }
+    };
+    let mut byte = [0; 1];
+    let ended = tokio::select! {
+        ended = idle.read(&mut byte) => ended.unwrap_err().kind(),
+        () = talk => unreachable!("it never ends"),
+        () = tokio::time::sleep(super::rig::SOON) => panic!("the idle one is not reset"),
+    };
+    assert_eq!(ended, ErrorKind::ConnectionReset);
+    assert!(began.elapsed() >= LIMIT, "{:?}", began.elapsed());
+    busy.write_all(b"y").await.unwrap();
+    assert_eq!(read(&mut busy, 1).await.len(), 1, "the busy one goes on");
+}
+
+#[tokio::test]
 async fn a_gateway_short_of_memory_sends_new_streams_elsewhere_and_finishes_what_it_carries() {
     let mut gateways = vec![Gateway::start("east").await];
     let members: [(&str, &[_]); 3] =

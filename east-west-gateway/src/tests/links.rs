@@ -164,6 +164,42 @@ async fn a_link_that_says_quic_is_not_made_over_tcp_by_whoever_blocks_udp() {
 }
 
 #[tokio::test]
+async fn a_peer_is_linked_by_as_many_quic_connections_as_are_configured_and_all_carry() {
+    let west = Server::bind().await;
+    let three = |config: &mut crate::Config| config.tunnel.connections_per_peer = 3;
+    let (gateways, _) = super::rig::linked_with(three, &[("east", &[]), ("west", &[west.address])]).await;
+    let core = gateways[0].core().await;
+    let links = || core.registry.own_links(&cluster("west"));
+    until("all links are up", || links().len() == 3).await;
+    let mut carried_now = Vec::new();
+    for _ in 0..12 {
+        let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+        exchange(&mut client, &mut served, b"over one of three").await;
+        carried_now.push((client, served));
+    }
+    let streams = core.registry.open_streams(&cluster("west"));
+    assert_eq!(streams.iter().sum::<usize>(), 12);
+    assert!(streams.iter().all(|open| *open > 0), "each takes its part: {streams:?}");
+}
+
+#[tokio::test]
+async fn every_congestion_controller_carries_bulk() {
+    use crate::config::Congestion;
+
+    for congestion in [Congestion::Tolerant, Congestion::Cubic, Congestion::Bbr, Congestion::NewReno] {
+        let west = Server::bind().await;
+        let with = |config: &mut crate::Config| config.tunnel.congestion = congestion;
+        let (gateways, _) = super::rig::linked_with(with, &[("east", &[]), ("west", &[west.address])]).await;
+        let (mut client, mut served) = carried(&gateways[0], "west", &west).await;
+        let sent: Vec<u8> = (0..2_000_000_u32).map(|i| (i % 251) as u8).collect();
+        let (taken, ()) = tokio::join!(read(&mut client, sent.len()), async {
+            served.write_all(&sent).await.unwrap();
+        });
+        assert!(taken == sent, "{congestion:?}");
+    }
+}
+
+#[tokio::test]
 async fn tcp_connections_that_hang_delay_streams_but_fail_none() {
     let (east, west) = (Server::bind().await, Server::bind().await);
     let relay = tokio::sync::OnceCell::new();

@@ -368,6 +368,16 @@ impl Registry {
         of_cluster(&peers, cluster).flat_map(|peer| &peer.legs).map(|leg| leg.tunnel.link.path().received).sum()
     }
 
+    /// How many streams each of the tunnels that were dialled to `cluster` carries.
+    #[cfg(test)]
+    pub(crate) fn open_streams(&self, cluster: &ClusterName) -> Vec<usize> {
+        let peers = self.lock();
+        let own = of_cluster(&peers, cluster).flat_map(|peer| &peer.legs).map(|leg| &leg.tunnel);
+        own.filter(|tunnel| tunnel.origin != Origin::Accepted)
+            .map(|tunnel| tunnel.open.load(Ordering::Relaxed))
+            .collect()
+    }
+
     /// The tunnels that were dialled to `cluster`.
     #[cfg(test)]
     pub(crate) fn own_links(&self, cluster: &ClusterName) -> Vec<u64> {
