@@ -28,7 +28,8 @@ const SERVICE: &[&str] = &["isthmus-api", "isthmus-identity", "isthmus-model", "
 /// Library → the only workspace crates that may name it. The end-to-end tests may play any part.
 const RESERVED: [(&str, &[&str]); 4] = [
     ("openraft", &["isthmus-global-cp"]),
-    ("quinn", &["isthmus-gateway", "isthmus-e2e"]),
+    // The benchmarks measure it alone, too.
+    ("quinn", &["isthmus-gateway", "isthmus-e2e", "isthmus-bench"]),
     ("hickory-server", &["isthmus-dns"]),
     ("kube", &["isthmus-api", "isthmus-agent"]),
 ];

@@ -293,6 +293,10 @@ pub async fn strangers(stage: &mut Stage, report: &mut Report) -> anyhow::Result
             Ok(reply) if reply == "accept" => {
                 ensure!(revoked.elapsed() < Duration::from_secs(1), "still served 1 s after its revocation");
             }
+            // A link that came up just before has its streams refused; then no link comes up any more.
+            Ok(reply) if reply.starts_with("reject: Forbidden") => {
+                ensure!(revoked.elapsed() < Duration::from_secs(2), "still linked 2 s after its revocation");
+            }
             other => {
                 break refused(
                     "tunnel, gateway of ap-south once revoked",

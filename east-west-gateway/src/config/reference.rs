@@ -129,9 +129,16 @@ fn every_word_of_the_access_log_and_of_rejects_is_documented() {
     ] {
         let text = source(file);
         let text = text.split("#[cfg(test)]").next().unwrap();
-        for open in
-            ["=> \"", "reject(\"", "reject_counter(\"", "Failed::new(\"", "access.failed(\"", "=> (\"", ", None, \""]
-        {
+        for open in [
+            "=> \"",
+            "reject(\"",
+            "reject_counter(\"",
+            "Failed::new(\"",
+            "access.failed(\"",
+            "=> (\"",
+            ", None, \"",
+            "\", \"",
+        ] {
             words.extend(between(text, open, '"').into_iter().filter(|text| word(text)).map(str::to_owned));
         }
     }
