@@ -309,6 +309,11 @@ impl Validate for Config {
             "ingress.maxLifetime",
             "use 1s or more, or 0s for no limit".to_owned(),
         );
+        check(
+            i.replay_percent <= 100,
+            "ingress.replayPercent",
+            "use 0 to 100: more than one replay for each connection makes a brown-out worse".to_owned(),
+        );
         let o = &self.overload;
         check(
             o.max_memory_bytes.is_none_or(|bytes| bytes >= 64 << 20),

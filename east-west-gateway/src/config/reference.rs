@@ -28,8 +28,8 @@ fn keys(section: &[String]) -> Option<Vec<String>> {
     let env = [(variable.join("__").into(), "1".into())];
     let error = isthmus_runtime::config::load_with_env::<super::Config>(&path, "ISTHMUS", env).unwrap_err();
     let error = isthmus_runtime::tasks::chain(&error);
-    let (_, expected) = error.split_once("unknown field `unheardOf`, expected ")?;
-    Some(expected.split('`').skip(1).step_by(2).map(str::to_owned).collect())
+    let (_, expected) = error.split_once("unknown field `unheardOf`; expected ")?;
+    Some(expected.lines().next()?.split('`').skip(1).step_by(2).map(str::to_owned).collect())
 }
 
 /// All keys, with their sections.

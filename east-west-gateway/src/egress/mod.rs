@@ -11,6 +11,7 @@ pub(crate) mod race;
 use std::{mem, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::OptionFuture;
 use isthmus_api::proto::tunnel::v1::{Accept, Reject, RejectReason, StreamHeader, StreamReply, stream_reply::Kind};
 use isthmus_model::{
     access::{self, Denied, Use},
@@ -43,6 +44,8 @@ use crate::{
 const MAX_DEADLINE: Duration = Duration::from_secs(10);
 /// For the header and the ClientHello, which come in the first flight.
 const FIRST_FLIGHT: Duration = Duration::from_secs(5);
+/// A dialler that does not wait for its answer.
+const EARLY: &str = "bytes follow the ClientHello before the accept";
 
 /// A stream that a peer opened.
 #[derive(Debug)]
@@ -201,11 +204,20 @@ async fn place(
     let mut log = Vec::new();
     let answered = tokio::select! {
         answered = endpoint::first_byte(core, request, &mut log) => answered.map_err(|failure| Some(failure.into())),
-        // The dialler stops reading when it gives up, or when its client does.
-        () = send.stopped() => Err(None),
+        why = given_up(send, reader) => Err(why),
     };
     log.iter().for_each(|tried| access.tried(Attempt::at(&core.cluster, tried)));
     answered
+}
+
+/// Resolves when the dialler, or its client, no longer wants an answer. It sends nothing before it has one: bytes are a
+/// reason to refuse it.
+async fn given_up(send: &SendHalf, reader: &mut FrameReader) -> Option<Refusal> {
+    let closed = OptionFuture::from(send.link_closed());
+    tokio::select! {
+        bytes = reader.bytes() => bytes.ok().map(|_| Refusal::malformed(EARLY)),
+        Some(()) = closed => None,
+    }
 }
 
 fn check(header: StreamHeader) -> Result<Asked, Refusal> {
@@ -270,7 +282,7 @@ async fn read_hello(reader: &mut FrameReader, max: usize) -> Result<(String, Vec
         match hello.push(&bytes) {
             Progress::NeedMore => {}
             Progress::Hello(done) if done.len == received => return Ok((done.sni, hello.into_raw())),
-            Progress::Hello(_) => return Err(Refusal::malformed("bytes follow the ClientHello before the accept")),
+            Progress::Hello(_) => return Err(Refusal::malformed(EARLY)),
             Progress::Bad(_) => return Err(Refusal::malformed("what follows the header is no ClientHello to carry")),
         }
     }

@@ -24,7 +24,7 @@ use tokio::{
 
 use super::End;
 use crate::tunnel::{
-    link::{Broken, RecvHalf, SendHalf},
+    link::{Broken, RecvHalf, SendHalf, Watch},
     stalled::{Place, Stalled},
 };
 
@@ -52,7 +52,7 @@ pub(super) struct Both<'a> {
     /// Tells that far's link has ended, where reading from far does not tell.
     link_closed: Option<Signal>,
     /// Tells that far takes no more, once its own direction has ended or is not read for want of a near side that takes it.
-    far_gone: Option<Signal>,
+    far_gone: Option<Watch>,
 }
 
 impl<'a> Both<'a> {
@@ -82,17 +82,24 @@ impl<'a> Both<'a> {
         if outward && backward {
             return Poll::Ready(End::Finished);
         }
-        if (backward || self.backward.is_slow())
-            && self.far_gone.is_none()
-            && let Writer::Link(send) = &self.outward.to
-        {
-            self.far_gone = Some(Box::pin(send.stopped()));
-        }
-        let mut signals = [&mut self.link_closed, &mut self.far_gone].into_iter().flatten();
-        if !outward && signals.any(|signal| signal.as_mut().poll(cx).is_ready()) {
+        if !outward && self.poll_far(backward, cx).is_ready() {
             return Poll::Ready(End::Far);
         }
         Poll::Pending
+    }
+
+    /// Ready when far, of which nothing is read for now, is gone.
+    fn poll_far(&mut self, has_ended: bool, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(closed) = &mut self.link_closed
+            && closed.as_mut().poll(cx).is_ready()
+        {
+            return Poll::Ready(());
+        }
+        let Writer::Link(send) = &mut self.outward.to else { return Poll::Pending };
+        if has_ended || self.backward.is_slow() {
+            self.far_gone.get_or_insert_with(|| Watch::new(send));
+        }
+        self.far_gone.as_mut().map_or(Poll::Pending, |gone| gone.poll(send, cx))
     }
 }
 

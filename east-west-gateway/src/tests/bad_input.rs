@@ -185,6 +185,10 @@ impl Peer {
     async fn ask(&self, bytes: &[u8]) -> Kind {
         let (mut send, recv) = self.connection.open_bi().await.unwrap();
         send.write_all(bytes).await.unwrap();
+        Self::reply(recv).await
+    }
+
+    async fn reply(recv: quinn::RecvStream) -> Kind {
         let mut reader = FrameReader::new(RecvHalf::Quic(recv.into()), MAX_HEADER);
         let reply = time::timeout(Duration::from_secs(3), reader.next::<StreamReply>()).await;
         reply.expect("answered within the deadline").unwrap().kind.unwrap()
@@ -234,6 +238,40 @@ async fn a_peers_bad_streams_are_rejected_by_reason() {
     assert_eq!(peer.rejected(&too_much).await, (RejectReason::Malformed, false));
     // None of that spoilt the connection.
     assert!(matches!(peer.ask(&with_hello(header(|_| {}))).await, Kind::Accept(_)));
+}
+
+#[tokio::test]
+async fn what_a_peer_does_before_its_answer_ends_the_stream() {
+    // Takes connections and never says a byte.
+    let silent = Server::bind().await;
+    let (mut gateways, _) = connected(&[("east", &[]), ("west", &[silent.address])]).await;
+    let west = gateways.pop().unwrap();
+    let core = west.core().await;
+    let peer = Peer::connect("east", &west).await;
+    let asked = [header(|h| h.deadline_ms = 10_000), hello(&sni(None))].concat();
+    // A stream whose ClientHello the endpoint has.
+    let waits = async || {
+        let (mut send, recv) = peer.connection.open_bi().await.unwrap();
+        send.write_all(&asked).await.unwrap();
+        let mut endpoint = silent.accept().await;
+        // Probes connect and say nothing.
+        while endpoint.peek(&mut [0; 1]).await.unwrap() == 0 {
+            endpoint = silent.accept().await;
+        }
+        (send, recv, endpoint)
+    };
+
+    let (mut send, recv, _endpoint) = waits().await;
+    send.write_all(&[23, 3, 3, 0, 1, 0]).await.unwrap();
+    assert!(matches!(Peer::reply(recv).await, Kind::Reject(reject) if reject.reason() == RejectReason::Malformed));
+
+    let abandoned = || core.metrics.rejected("egress_abandoned");
+    let (mut send, _recv, _endpoint) = waits().await;
+    send.finish().unwrap();
+    until("an end is one", || abandoned() == 1).await;
+    let (mut send, _recv, _endpoint) = waits().await;
+    send.reset(1_u8.into()).unwrap();
+    until("a reset is one", || abandoned() == 2).await;
 }
 
 #[tokio::test]

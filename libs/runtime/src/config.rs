@@ -97,16 +97,6 @@ pub enum ConfigError {
         /// What is wrong.
         message: String,
     },
-    /// A key is unknown or missing, or a value has the wrong type.
-    #[error("{place}: {}{message}", FieldPrefix(field))]
-    Field {
-        /// `file:line:column`, or the environment variable that set the value.
-        place: String,
-        /// Path of the field; empty at the top.
-        field: String,
-        /// What is wrong.
-        message: String,
-    },
     /// An environment variable with our prefix cannot be applied.
     #[error("environment variable {variable}: {message}")]
     Environment {
@@ -115,8 +105,8 @@ pub enum ConfigError {
         /// What is wrong.
         message: String,
     },
-    /// The values are of the right types and still make no sense.
-    #[error("{} is not valid:{}", file.display(), List(problems))]
+    /// Keys are unknown or missing, values of the wrong type; or, if all of these are right, values make no sense.
+    #[error("{}", List { file, problems })]
     Invalid {
         /// The file.
         file: PathBuf,
@@ -125,12 +115,12 @@ pub enum ConfigError {
     },
 }
 
-/// One problem that [`Validate`] found.
+/// One of a configuration's problems.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
     /// `file:line:column`, or the environment variable, that set the field; the file for a field that is not set.
     pub place: String,
-    /// Path of the field.
+    /// Path of the field; empty at the top.
     pub field: String,
     /// What is wrong.
     pub message: String,
@@ -155,10 +145,13 @@ pub fn load_with_env<T: DeserializeOwned + Validate>(
         Origin::File { line, column } => format!("{}:{line}:{column}", path.display()),
         Origin::Env(variable) => format!("environment variable {variable}"),
     };
-    let value: T = de::deserialize(&root).map_err(|error| ConfigError::Field {
-        place: error.origin.as_ref().map_or_else(|| path.display().to_string(), place),
-        field: error.path,
-        message: advised(error.message),
+    let value: T = de::deserialize(&root).map_err(|found| {
+        let located = found.into_iter().map(|error| Problem {
+            place: error.origin.as_ref().map_or_else(|| path.display().to_string(), place),
+            field: error.path,
+            message: advised(error.message),
+        });
+        ConfigError::Invalid { file: path.to_owned(), problems: located.collect() }
     })?;
     let mut problems = Problems::default();
     value.validate(&mut problems);
@@ -173,9 +166,15 @@ pub fn load_with_env<T: DeserializeOwned + Validate>(
     Err(ConfigError::Invalid { file: path.to_owned(), problems: located.collect() })
 }
 
+/// What types call themselves, and the largest of them.
+const NUMBERS: [(&str, u64); 4] =
+    [("u16", u16::MAX as u64), ("u32", u32::MAX as u64), ("u64", u64::MAX), ("usize", usize::MAX as u64)];
+
 /// The libraries' words for what does not fit a type, with what to write instead.
 fn advised(message: String) -> String {
-    let number = ["u16", "u32", "u64", "usize"].iter().any(|kind| message.ends_with(&format!("expected {kind}")));
+    let number = NUMBERS.iter().find(|(kind, _)| message.ends_with(&format!("expected {kind}")));
+    let (number, largest) = number.map_or((false, 0), |(_, largest)| (true, *largest));
+    let range = format!("write a whole number from 0 to {largest}");
     let advice = match () {
         () if message.contains("expected a duration") => "write a number with its unit, for example 400ms, 5s or 10m",
         () if message.contains("invalid socket address syntax") => {
@@ -185,6 +184,8 @@ fn advised(message: String) -> String {
         () if number && message.contains("string") => {
             "write a plain number without a unit; sizes are in bytes, so that 4 MiB are 4194304"
         }
+        () if number => &range,
+        () if message.ends_with("expected a boolean") => "write true or false",
         () => return message,
     };
     // A number where a text belongs is advised to be quoted, which would not help here.
@@ -213,18 +214,24 @@ fn parse(path: &Path, text: &str) -> Result<Node, ConfigError> {
     })
 }
 
-struct FieldPrefix<'a>(&'a str);
-
-impl fmt::Display for FieldPrefix<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0.is_empty() { Ok(()) } else { write!(f, "{}: ", self.0) }
-    }
+struct List<'a> {
+    file: &'a Path,
+    problems: &'a [Problem],
 }
-
-struct List<'a>(&'a [Problem]);
 
 impl fmt::Display for List<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|problem| write!(f, "\n  {}: {}: {}", problem.place, problem.field, problem.message))
+        if let [only] = self.problems {
+            return only.fmt(f);
+        }
+        write!(f, "{} is not valid:", self.file.display())?;
+        self.problems.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let joint = if self.field.is_empty() { "" } else { ": " };
+        write!(f, "{}: {}{joint}{}", self.place, self.field, self.message)
     }
 }

@@ -183,6 +183,12 @@ impl GatedSend {
         written.map_ok(|written| written.bytes).map_err(|_| Broken)
     }
 
+    /// Whether the peer reads no more, for a stream that is not finished. It may wake `cx`'s task later for nothing.
+    pub(super) fn is_stopped(&mut self, cx: &mut Context<'_>) -> bool {
+        // Writing nothing tells, unless all windows are used up; then there is a wake when that changes.
+        matches!(pin!(self.stream.write(&[])).poll(cx), Poll::Ready(Err(_)))
+    }
+
     fn leave_shorts(&mut self) {
         if std::mem::take(&mut self.tries) > 0 {
             self.gate.tried(self.stream.id(), None);

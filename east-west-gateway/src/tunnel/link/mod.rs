@@ -11,6 +11,7 @@ mod receive;
 pub(crate) mod redundancy;
 pub(crate) mod tcp;
 mod tolerant;
+mod watch;
 
 use std::{
     future::{Future, poll_fn},
@@ -26,6 +27,7 @@ use isthmus_model::local::Transport;
 use quinn::VarInt;
 use rustls::pki_types::CertificateDer;
 
+pub(crate) use self::watch::Watch;
 use self::{
     gate::{Gate, GatedSend},
     receive::QuicReceiver,
@@ -299,6 +301,8 @@ impl SendHalf {
 
     /// Resolves when the peer does not read any more, or has acknowledged a finished stream's end (QUIC), or when the
     /// connection or its link has broken (TCP).
+    ///
+    /// For a stream that may still be reset by us, use [`Watch`].
     pub(crate) fn stopped(&self) -> impl Future<Output = ()> + Send + use<> {
         let (quic, tcp) = match self {
             Self::Quic(send) => (Some(send.stopped()), None),

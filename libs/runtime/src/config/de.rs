@@ -2,6 +2,7 @@
 //!
 //! Text from variables becomes what the type asks for; nothing else is converted, and numbers never become names.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::Deserialize;
@@ -13,17 +14,72 @@ use serde::de::{
 
 use super::tree::{self, Key, Node, Origin, Value};
 
+/// Nobody reads more.
+const MOST: usize = 50;
+/// Words from here up are taken for one another (Jaro-Winkler, from 0 to 1).
+const ALIKE: f64 = 0.85;
+
 /// What does not fit the type, and where.
 #[derive(Debug)]
 pub(super) struct TreeError {
     pub(super) message: String,
     pub(super) path: String,
     pub(super) origin: Option<Origin>,
+    cause: Cause,
 }
 
-/// Makes a typed value of the tree.
-pub(super) fn deserialize<T: DeserializeOwned>(root: &Node) -> Result<T, TreeError> {
-    T::deserialize(root)
+#[derive(Debug)]
+enum Cause {
+    Value,
+    /// A key of the section at the path that nothing has a use for.
+    Unknown(String),
+    /// A key that the section at the path lacks.
+    Missing(&'static str),
+}
+
+/// Makes a typed value of the tree, or says all that does not fit.
+///
+/// serde stops at the first error, so what does not fit is taken out and the rest looked at again. That a section lacks
+/// something is found last of it: of several missing keys it is the first.
+pub(super) fn deserialize<T: DeserializeOwned>(root: &Node) -> Result<T, Vec<TreeError>> {
+    let mut found = match T::deserialize(root) {
+        Ok(value) => return Ok(value),
+        Err(error) => vec![error],
+    };
+    let mut rest = root.clone();
+    let mut taken = HashSet::new();
+    while let Some(last) = found.last()
+        && found.len() <= MOST
+    {
+        let wrong = match &last.cause {
+            Cause::Value | Cause::Missing(_) => last.path.clone(),
+            Cause::Unknown(key) => joined(&last.path, key),
+        };
+        if !take(&mut rest, &wrong, &mut taken) {
+            break;
+        }
+        match T::deserialize(&rest) {
+            Ok(_) => break,
+            Err(error) => found.push(error),
+        }
+    }
+    // What was taken out is not missing.
+    found.retain(
+        |error| !matches!(error.cause, Cause::Missing(key) if taken.contains(&dotted(&joined(&error.path, key)))),
+    );
+    found.truncate(MOST);
+    Err(found)
+}
+
+/// Whether something was taken `from` where `path` leads, that was not taken before.
+fn take(from: &mut Node, path: &str, taken: &mut HashSet<String>) -> bool {
+    let segments: Vec<&str> = tree::segments(path).collect();
+    let depth = from.take(&segments);
+    depth.and_then(|depth| segments.get(..depth)).is_some_and(|path| taken.insert(path.join(".")))
+}
+
+fn dotted(path: &str) -> String {
+    tree::segments(path).collect::<Vec<_>>().join(".")
 }
 
 impl Node {
@@ -38,7 +94,12 @@ impl Node {
     }
 
     fn error(&self, message: impl Into<String>) -> TreeError {
-        TreeError { message: message.into(), path: String::new(), origin: Some(self.origin.clone()) }
+        TreeError {
+            message: message.into(),
+            path: String::new(),
+            origin: Some(self.origin.clone()),
+            cause: Cause::Value,
+        }
     }
 
     fn number<'de, V: Visitor<'de>, N: std::str::FromStr + IntoDeserializer<'de, TreeError>>(
@@ -57,7 +118,7 @@ impl Node {
 
     fn any<'de, V: Visitor<'de>>(&self, visitor: V) -> Result<V::Value, TreeError> {
         match &self.value {
-            Value::Null => visitor.visit_unit(),
+            Value::Null | Value::Taken => visitor.visit_unit(),
             Value::Bool(value) => visitor.visit_bool(*value),
             Value::Unsigned(value) => visitor.visit_u64(*value),
             Value::Signed(value) => visitor.visit_i64(*value),
@@ -79,10 +140,14 @@ impl TreeError {
     }
 
     fn below(mut self, segment: &str) -> Self {
-        let joint = if self.path.is_empty() || self.path.starts_with('[') { "" } else { "." };
-        self.path = format!("{segment}{joint}{}", self.path);
+        self.path = joined(segment, &self.path);
         self
     }
+}
+
+fn joined(section: &str, rest: &str) -> String {
+    let joint = if section.is_empty() || rest.is_empty() || rest.starts_with('[') { "" } else { "." };
+    format!("{section}{joint}{rest}")
 }
 
 impl fmt::Display for TreeError {
@@ -95,7 +160,25 @@ impl std::error::Error for TreeError {}
 
 impl de::Error for TreeError {
     fn custom<T: fmt::Display>(message: T) -> Self {
-        Self { message: message.to_string(), path: String::new(), origin: None }
+        Self { message: message.to_string(), path: String::new(), origin: None, cause: Cause::Value }
+    }
+
+    fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
+        let alike = |known: &&&str| strsim::jaro_winkler(&field.to_lowercase(), &known.to_lowercase());
+        let nearest = expected.iter().max_by(|a, b| alike(a).total_cmp(&alike(b)));
+        let meant = nearest.filter(|known| alike(known) >= ALIKE);
+        let advice = match (meant, expected) {
+            (Some(known), _) => format!("did you mean `{known}`?"),
+            (None, []) => "there are none".to_owned(),
+            (None, known) => format!("expected one of `{}`", known.join("`, `")),
+        };
+        let message = format!("unknown field `{field}`; {advice}");
+        Self { message, path: String::new(), origin: None, cause: Cause::Unknown(field.to_owned()) }
+    }
+
+    fn missing_field(field: &'static str) -> Self {
+        let message = format!("missing field `{field}`");
+        Self { message, path: String::new(), origin: None, cause: Cause::Missing(field) }
     }
 }
 
@@ -255,7 +338,7 @@ impl<'de> SeqAccess<'de> for Items<'_> {
     type Error = TreeError;
 
     fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, TreeError> {
-        let Some((index, node)) = self.items.next() else {
+        let Some((index, node)) = self.items.find(|(_, node)| !matches!(node.value, Value::Taken)) else {
             return Ok(None);
         };
         seed.deserialize(node).map(Some).map_err(|error| error.or_at(&node.origin).below(&format!("[{index}]")))

@@ -189,17 +189,23 @@ fn a_key_given_twice_is_an_error() {
 
 #[test]
 fn an_unknown_key_is_rejected_at_its_place() {
-    let text = message(&GOOD.replace("holdDownMs", "holdDown"), &[]);
+    let text = message(&GOOD.replace("holdDownMs", "patience"), &[]);
     assert_eq!(
         text,
-        "cp.yaml:9:3: failover: unknown field `holdDown`, expected one of `holdDownMs`, `share`, `enabled`"
+        "cp.yaml:9:3: failover: unknown field `patience`; expected one of `holdDownMs`, `share`, `enabled`"
     );
+    let text = message(&GOOD.replace("holdDownMs", "holdDown"), &[]);
+    assert_eq!(text, "cp.yaml:9:3: failover: unknown field `holdDown`; did you mean `holdDownMs`?");
 }
 
 #[test]
 fn a_value_of_the_wrong_type_is_rejected_at_its_place() {
     let text = message(&GOOD.replace("8080", "80800"), &[]);
-    assert_eq!(text, "cp.yaml:6:13: inbound[0].port: invalid value: integer `80800`, expected u16");
+    assert_eq!(
+        text,
+        "cp.yaml:6:13: inbound[0].port: invalid value: integer `80800`, expected u16; \
+         write a whole number from 0 to 65535"
+    );
     let text = message(&GOOD.replace("127.1.0.1:7445", "everywhere"), &[]);
     assert_eq!(
         text,
@@ -301,8 +307,8 @@ fn errors_of_variables_name_the_variable() {
     );
     assert_eq!(
         message(GOOD, &[("CP__FAILOVER__HOLDDOWN", "1")]),
-        "environment variable CP__FAILOVER__HOLDDOWN: failover: unknown field `holddown`, \
-         expected one of `holdDownMs`, `share`, `enabled`"
+        "environment variable CP__FAILOVER__HOLDDOWN: failover: unknown field `holddown`; \
+         did you mean `holdDownMs`?"
     );
     assert_eq!(
         message(GOOD, &[("CP__INBOUND__7__PORT", "1")]),
@@ -327,6 +333,31 @@ fn all_problems_come_at_once_with_their_places() {
          \n  cp.yaml:6:13: inbound[0].port: must be from 1 up\
          \n  cp.yaml: advertise: is needed when listen.grpc is no single address\
          \n  environment variable CP__FAILOVER__HOLD_DOWN_MS: failover.holdDownMs: is over 60000"
+    );
+}
+
+#[test]
+fn what_does_not_fit_its_type_comes_at_once_too() {
+    let text = GOOD
+        .replace("127.1.0.1:7443", "everywhere")
+        .replace("8080", "-1")
+        .replace("port: 9090", "prot: 9090")
+        .replace("holdDownMs: 3000", "holdDownMs: 3s\n  enabled: yes")
+        .replace("node: cp-1\n", "");
+    assert_eq!(
+        message(&text, &[("CP__UPSTREAMS", "[a, [b]]")]),
+        "cp.yaml is not valid:\
+         \n  cp.yaml:3:17: listen.grpc: invalid socket address syntax; \
+         write IP:port, for example 192.0.2.1:443; names are not looked up\
+         \n  cp.yaml:5:13: inbound[0].port: invalid value: integer `-1`, expected u16; \
+         write a whole number from 0 to 65535\
+         \n  cp.yaml:6:5: inbound[1]: unknown field `prot`; did you mean `port`?\
+         \n  cp.yaml:6:5: inbound[1]: missing field `port`\
+         \n  cp.yaml:8:15: failover.holdDownMs: invalid type: string \"3s\", expected u64; \
+         write a plain number without a unit; sizes are in bytes, so that 4 MiB are 4194304\
+         \n  cp.yaml:9:12: failover.enabled: invalid type: string \"yes\", expected a boolean; write true or false\
+         \n  environment variable CP__UPSTREAMS: upstreams[1]: invalid type: sequence, expected a string\
+         \n  cp.yaml:2:1: missing field `node`"
     );
 }
 

@@ -45,6 +45,8 @@ pub(super) enum Value {
     Text(String),
     Seq(Vec<Node>),
     Map(Vec<(Key, Node)>),
+    /// An item of a list that is passed over, so that the others keep their places.
+    Taken,
 }
 
 /// The tree of a YAML document; an empty one is an empty map.
@@ -72,12 +74,17 @@ pub(super) fn message_of(error: &serde_saphyr::Error) -> String {
         .map_or_else(|| text.clone(), |(before, _)| format!("{}; keep one of them", before.trim_end()))
 }
 
+/// The keys and indexes of a path such as `inbound[0].port`.
+pub(super) fn segments(path: &str) -> impl Iterator<Item = &str> {
+    path.split(['.', '[']).map(|segment| segment.trim_end_matches(']')).filter(|segment| !segment.is_empty())
+}
+
 impl Node {
     /// The node at a path such as `listen.grpc` or `inbound[0].port`, or the nearest of its ancestors that is set.
     pub(super) fn find(&self, path: &str) -> Option<&Node> {
         let mut node = self;
         let mut found = None;
-        for segment in path.split(['.', '[']).map(|segment| segment.trim_end_matches(']')) {
+        for segment in segments(path) {
             let child = match &node.value {
                 Value::Map(entries) => entries.iter().find(|(key, _)| key.text == segment).map(|(_, value)| value),
                 Value::Seq(items) => segment.parse().ok().and_then(|index: usize| items.get(index)),
@@ -89,6 +96,30 @@ impl Node {
             }
         }
         found
+    }
+
+    /// Takes out what is at `path`, or the innermost part that holds it; tells how many of the segments lead there.
+    pub(super) fn take(&mut self, path: &[&str]) -> Option<usize> {
+        let (segment, below) = path.split_first()?;
+        match &mut self.value {
+            Value::Map(entries) => {
+                let at = entries.iter().position(|(key, _)| key.text == *segment)?;
+                let deeper = entries.get_mut(at)?.1.take(below);
+                if deeper.is_none() {
+                    entries.remove(at);
+                }
+                Some(1 + deeper.unwrap_or_default())
+            }
+            Value::Seq(items) => {
+                let item = segment.parse().ok().and_then(|index: usize| items.get_mut(index))?;
+                let deeper = item.take(below);
+                if deeper.is_none() {
+                    item.value = Value::Taken;
+                }
+                Some(1 + deeper.unwrap_or_default())
+            }
+            _ => None,
+        }
     }
 
     /// Makes `origin` the place of the whole subtree.
