@@ -96,10 +96,12 @@ impl<'a> Both<'a> {
             return Poll::Ready(());
         }
         let Writer::Link(send) = &mut self.outward.to else { return Poll::Pending };
-        if has_ended || self.backward.is_slow() {
-            self.far_gone.get_or_insert_with(|| Watch::new(send));
+        if !has_ended && !self.backward.is_slow() {
+            // What is read tells.
+            self.far_gone = None;
+            return Poll::Pending;
         }
-        self.far_gone.as_mut().map_or(Poll::Pending, |gone| gone.poll(send, cx))
+        self.far_gone.get_or_insert_with(|| Watch::new(send)).poll(send, cx)
     }
 }
 

@@ -8,7 +8,12 @@ use std::{
     time::Duration,
 };
 
-use isthmus_model::{global::GlobalSnapshot, local::Transport, service::GatewayAddress};
+use isthmus_model::{
+    global::{GlobalService, GlobalSnapshot},
+    ids::{ServiceName, VipIndex},
+    local::Transport,
+    service::GatewayAddress,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -18,7 +23,7 @@ use super::{
     relay::Relay,
     rig::{Gateway, Server, introduce, knock, linked, next, over_both, read, sni, svid, until},
 };
-use crate::{config::LinkTransport, testkit::cluster};
+use crate::{config::LinkTransport, testkit::cluster, tunnel::Close};
 
 over_both!(
     a_link_that_was_refused_leaves_nothing_behind,
@@ -32,6 +37,8 @@ over_both!(
     whatever_comes_over_a_link_counts_as_a_sign_of_life,
     steady_downloads_over_one_link_all_arrive,
     more_bulk_than_the_windows_hold_delays_neither_probes_nor_new_connections,
+    a_link_that_has_ended_is_not_chosen_again,
+    two_gateways_that_have_much_to_say_hear_each_other,
 );
 
 /// East and west, where `dialled` says at which address the other one finds each; `None`: not at all.
@@ -603,4 +610,39 @@ async fn more_bulk_than_the_windows_hold_delays_neither_probes_nor_new_connectio
         assert_eq!(gateway.core().await.metrics.rejected("peer_dead"), 0);
     }
     bulk.abort_all();
+}
+
+async fn a_link_that_has_ended_is_not_chosen_again(over: LinkTransport) {
+    let west = Server::bind().await;
+    let (gateways, _) = linked(over, &[("east", &[]), ("west", &[west.address])]).await;
+    let registry = &gateways[0].core().await.registry;
+    // Nobody else has a turn in between who would take it off the list.
+    while let Some(tunnel) = registry.pick(&cluster("west"), &[]) {
+        assert!(tunnel.link.why_closed().is_none());
+        tunnel.link.close(Close::Protocol);
+    }
+}
+
+/// Each has more to say than the way holds while nobody reads.
+async fn two_gateways_that_have_much_to_say_hear_each_other(over: LinkTransport) {
+    let (east, west) = (Server::bind().await.echo(b"east"), Server::bind().await.echo(b"west"));
+    let narrow = |config: &mut crate::Config| {
+        config.tunnel.transport = over;
+        config.tunnel.stream_window_bytes = 16 * 1024;
+        config.tunnel.connection_window_bytes = 16 * 1024;
+    };
+    let gateways = [Gateway::start_with("east", narrow).await, Gateway::start_with("west", narrow).await];
+    let mut global = introduce(&gateways, &[("east", &[east]), ("west", &[west])]);
+    let first = global.services.values().next().unwrap().clone();
+    for n in 2..5_000 {
+        let name: ServiceName = format!("shop/service-with-a-long-name-{n}").parse().unwrap();
+        let service = GlobalService { name: name.clone(), index: VipIndex(n), ..first.clone() };
+        global.services.insert(name, service);
+    }
+    for (gateway, endpoint) in gateways.iter().zip([east, west]) {
+        gateway.set_endpoints_of_all(&global, &[endpoint]);
+        gateway.set_global(&global);
+    }
+    gateways[0].sees_ready("west").await;
+    gateways[1].sees_ready("east").await;
 }

@@ -225,6 +225,17 @@ impl Gateway {
         });
     }
 
+    /// The same endpoints for each service of `global`.
+    pub(super) fn set_endpoints_of_all(&self, global: &GlobalSnapshot, endpoints: &[SocketAddr]) {
+        let one = serving(endpoints).services.into_values().next().unwrap();
+        let services = global.services.keys().map(|name| (name.clone(), one.clone())).collect();
+        self.view.send_modify(|view| {
+            let mut next = View::clone(view);
+            next.endpoints = Arc::new(LocalEndpoints { services });
+            *view = Arc::new(next);
+        });
+    }
+
     pub(super) fn set_global(&self, global: &GlobalSnapshot) {
         self.view.send_modify(|view| {
             let mut next = View::clone(view);

@@ -4,6 +4,7 @@
 //! trip, load, draining, availability of its cluster). Ends when the link does, and ends the link with the reason.
 
 use std::{
+    collections::VecDeque,
     pin::pin,
     sync::{Arc, atomic::Ordering},
     time::{Duration, Instant},
@@ -28,6 +29,9 @@ use crate::{
 
 /// For the last bytes of streams that have ended at the side that closes the link.
 pub(super) const LINGER: Duration = Duration::from_secs(2);
+
+/// Of [`Early`] frames; the tables of [`super::inbox::MAX_SERVICES`] services are less.
+const MAX_EARLY: usize = 4 << 20;
 
 /// Why a control stream did not come up.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +77,7 @@ impl Control {
         let dead_after = ending::dead_after(config, tunnel.link.transport());
         let rhythm = Rhythm { interval: config.ping_interval, dead_after };
         let session = Session::new(rhythm, clock::now());
-        let mut running = Running { control: self, core, tunnel, session, heard: None };
+        let mut running = Running { control: self, early: Early::default(), core, tunnel, session, heard: None };
         let ended = tokio::select! {
             ended = running.run() => Some(ended),
             () = tunnel.link.closed() => None,
@@ -122,8 +126,35 @@ impl From<Close> for End {
     }
 }
 
+/// Frames that came while one was being written: both ends begin with all that they have to say, and would wait for each
+/// other for ever if neither read meanwhile.
+#[derive(Default)]
+struct Early {
+    frames: VecDeque<Result<ControlFrame, FrameError>>,
+    bytes: usize,
+}
+
+impl Early {
+    /// Nothing more is read than a peer may well have to say, nor after an error.
+    fn has_room(&self) -> bool {
+        self.bytes < MAX_EARLY && self.frames.back().is_none_or(Result::is_ok)
+    }
+
+    fn push(&mut self, frame: Result<ControlFrame, FrameError>) {
+        self.bytes += frame.as_ref().map_or(0, prost::Message::encoded_len);
+        self.frames.push_back(frame);
+    }
+
+    fn pop(&mut self) -> Option<Result<ControlFrame, FrameError>> {
+        let frame = self.frames.pop_front()?;
+        self.bytes -= frame.as_ref().map_or(0, prost::Message::encoded_len);
+        Some(frame)
+    }
+}
+
 struct Running<'a> {
     control: Control,
+    early: Early,
     core: &'a Core,
     tunnel: &'a Arc<Tunnel>,
     session: Session,
@@ -168,12 +199,15 @@ impl Running<'_> {
                 }
             }
             let draining = own.draining;
-            let event = tokio::select! {
-                frame = self.control.reader.next() => Event::Frame(frame),
-                () = time::sleep_until(wake.into()) => Event::Time,
-                _ = table.changed() => Event::Time,
-                () = self.core.draining.cancelled(), if !draining => Event::Time,
-                () = self.core.stop.cancelled() => Event::Stop,
+            let event = match self.early.pop() {
+                Some(frame) => Event::Frame(frame),
+                None => tokio::select! {
+                    frame = self.control.reader.next() => Event::Frame(frame),
+                    () = time::sleep_until(wake.into()) => Event::Time,
+                    _ = table.changed() => Event::Time,
+                    () = self.core.draining.cancelled(), if !draining => Event::Time,
+                    () = self.core.stop.cancelled() => Event::Stop,
+                },
             };
             let outcome = match event {
                 Event::Frame(Ok(frame)) => self.handle(frame).await,
@@ -253,13 +287,22 @@ impl Running<'_> {
     async fn send(&mut self, kind: Kind) -> Result<(), Close> {
         let frame = frame::encode(&ControlFrame { kind: Some(kind) }).map_err(|_| Close::Protocol)?;
         let began = clock::now();
+        let (reader, early) = (&mut self.control.reader, &mut self.early);
         let mut write = pin!(self.control.send.write_all(&frame));
         for _ in 0..GRACE {
             let packets = self.tunnel.link.path().received;
-            match time::timeout(self.core.config.tunnel.dead_after, write.as_mut()).await {
-                Ok(written) => return written.map_err(|_| Close::Protocol),
-                Err(_) if self.tunnel.link.path().received > packets => {}
-                Err(_) => break,
+            let patience = time::sleep(self.core.config.tunnel.dead_after);
+            let mut patience = pin!(patience);
+            loop {
+                tokio::select! {
+                    biased;
+                    written = write.as_mut() => return written.map_err(|_| Close::Protocol),
+                    frame = reader.next(), if early.has_room() => early.push(frame),
+                    () = patience.as_mut() => break,
+                }
+            }
+            if self.tunnel.link.path().received <= packets {
+                break;
             }
         }
         let evidence = self.session.evidence(clock::now());

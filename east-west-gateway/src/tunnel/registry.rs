@@ -26,6 +26,9 @@ use super::{
 };
 use crate::availability::better_of_two;
 
+/// Attempts of one stream over a TCP link.
+const CONNECTIONS_OF_ONE_LINK: usize = 3;
+
 /// One gateway of another cluster.
 pub(crate) type PeerKey = (ClusterName, String);
 
@@ -285,14 +288,15 @@ impl Registry {
     }
 
     /// The better of two working tunnels to `cluster`, of those not `tried`; over TCP a stream has a connection of its own,
-    /// so that another one on the same link may do better. In this order: draining ones, gateways that failed already, ones
+    /// so that another one on the same link may do better, and a third. In this order: draining ones, gateways that failed already, ones
     /// that are full or whose answers are overdue, and links that the peer dialled only if there is nothing better.
     pub(crate) fn pick(&self, cluster: &ClusterName, tried: &[Tried]) -> Option<Arc<Tunnel>> {
         let tried: Vec<&Tried> = tried.iter().filter(|x| x.tunnel.cluster == *cluster).collect();
-        let shared = |t: &Tunnel| t.link.transport() == Transport::Quic;
-        let refused = |x: &Tried, t: &Tunnel| x.refused && x.tunnel.gateway == t.gateway;
-        let same = |x: &Tried, t: &Tunnel| (x.tunnel.id == t.id && shared(t)) || refused(x, t);
-        let out = |t: &Tunnel| tried.iter().any(|x| same(x, t));
+        let most = |t: &Tunnel| if t.link.transport() == Transport::Quic { 1 } else { CONNECTIONS_OF_ONE_LINK };
+        let refused = |t: &Tunnel| tried.iter().any(|x| x.refused && x.tunnel.gateway == t.gateway);
+        let used_up = |t: &Tunnel| tried.iter().filter(|x| x.tunnel.id == t.id).count() >= most(t);
+        // One that has ended is taken off the list a moment later.
+        let out = |t: &Tunnel| refused(t) || used_up(t) || t.link.why_closed().is_some();
         let up: Vec<Arc<Tunnel>> = of_cluster(&self.lock(), cluster)
             .flat_map(|peer| &peer.legs)
             .map(|leg| &leg.tunnel)
@@ -331,9 +335,9 @@ impl Registry {
         let reachable = !serving.is_empty();
         // Without a tunnel the last legs stand, so that it is known what was there.
         let speakers = if reachable { &serving } else { &all };
-        let best = |service| {
-            speakers.iter().filter_map(|peer| peer.table().get(service)).max_by_key(|word| (word.ready, word.total))
-        };
+        let tables: Vec<&Table> = speakers.iter().map(|peer| peer.table()).collect();
+        let best =
+            |service| tables.iter().filter_map(|table| table.get(service)).max_by_key(|word| (word.ready, word.total));
         let table: Table = services.filter_map(|service| Some((service.clone(), *best(service)?))).collect();
         let tried = all.iter().all(|peer| peer.dial.as_ref().is_none_or(|dial| dial.tried));
         Some(Evidence { reachable, tried, table })

@@ -91,8 +91,8 @@ impl Gate {
         woken.into_values().for_each(Waker::wake);
     }
 
-    /// Something short on `stream` has tried, and found no room if it gives a waker.
-    fn tried(&self, stream: StreamId, waker: Option<Waker>) {
+    /// Something short on `stream` has tried, and found no room if it gives a waker. Whether it was asked to try.
+    fn tried(&self, stream: StreamId, waker: Option<Waker>) -> bool {
         let mut shorts = locked(&self.shorts);
         shorts.waiting.remove(&stream);
         shorts.waiting.extend(waker.map(|waker| (stream, waker)));
@@ -101,6 +101,7 @@ impl Gate {
         if asked {
             self.one_done();
         }
+        asked
     }
 
     /// Bulk need not hold still for this one any more.
@@ -123,6 +124,17 @@ impl Drop for Ahead<'_> {
     fn drop(&mut self) {
         self.0.one_done();
     }
+}
+
+/// What [`GatedSend::look`] has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Look {
+    /// The peer has stopped the stream, or the connection is gone.
+    Stopped,
+    /// It has not.
+    Read,
+    /// There is no room in the connection's windows to find out.
+    Unknown,
 }
 
 /// A stream of a connection with a gate.
@@ -172,8 +184,10 @@ impl GatedSend {
                 self.leave_shorts();
             }
             Poll::Pending if short && self.tries < TRIES => {
-                self.tries += 1;
-                self.gate.tried(stream, Some(cx.waker().clone()));
+                // It is polled for other reasons, too.
+                if self.gate.tried(stream, Some(cx.waker().clone())) || self.tries == 0 {
+                    self.tries += 1;
+                }
             }
             Poll::Pending => {
                 self.bulk = true;
@@ -183,10 +197,14 @@ impl GatedSend {
         written.map_ok(|written| written.bytes).map_err(|_| Broken)
     }
 
-    /// Whether the peer reads no more, for a stream that is not finished. It may wake `cx`'s task later for nothing.
-    pub(super) fn is_stopped(&mut self, cx: &mut Context<'_>) -> bool {
+    /// Whether the peer still reads, for a stream that is not finished. While that is not known, a wake may be due to it.
+    pub(super) fn look(&mut self, cx: &mut Context<'_>) -> Look {
         // Writing nothing tells, unless all windows are used up; then there is a wake when that changes.
-        matches!(pin!(self.stream.write(&[])).poll(cx), Poll::Ready(Err(_)))
+        match pin!(self.stream.write(&[])).poll(cx) {
+            Poll::Ready(Err(_)) => Look::Stopped,
+            Poll::Ready(Ok(_)) => Look::Read,
+            Poll::Pending => Look::Unknown,
+        }
     }
 
     fn leave_shorts(&mut self) {

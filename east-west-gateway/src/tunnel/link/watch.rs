@@ -6,20 +6,24 @@
 use std::{
     future::Future,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::Duration,
 };
 
 use tokio::time::{self, Interval, MissedTickBehavior};
 
-use super::SendHalf;
+use super::{SendHalf, gate::Look};
 
 /// Between two looks, each of which costs an empty frame.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Of one stream, and for as long as it is not finished.
 pub(crate) enum Watch {
-    Look(Interval),
+    Look {
+        every: Interval,
+        /// The last look found nothing out: the next wake may be the answer.
+        again: bool,
+    },
     Told(Pin<Box<dyn Future<Output = ()> + Send>>),
 }
 
@@ -29,7 +33,7 @@ impl Watch {
             SendHalf::Quic(_) => {
                 let mut every = time::interval(LOOK_EVERY);
                 every.set_missed_tick_behavior(MissedTickBehavior::Delay);
-                Self::Look(every)
+                Self::Look { every, again: false }
             }
             SendHalf::Tcp(_) => Self::Told(Box::pin(send.stopped())),
         }
@@ -38,14 +42,20 @@ impl Watch {
     /// Ready when the peer of `send`, which this was made for, reads no more.
     pub(crate) fn poll(&mut self, send: &mut SendHalf, cx: &mut Context<'_>) -> Poll<()> {
         match (self, send) {
-            (Self::Look(every), SendHalf::Quic(send)) => loop {
-                ready!(every.poll_tick(cx));
-                if send.is_stopped(cx) {
-                    return Poll::Ready(());
+            (Self::Look { every, again }, SendHalf::Quic(send)) => loop {
+                let due = every.poll_tick(cx).is_ready();
+                if due || *again {
+                    match send.look(cx) {
+                        Look::Stopped => return Poll::Ready(()),
+                        found => *again = found == Look::Unknown,
+                    }
+                }
+                if !due {
+                    return Poll::Pending;
                 }
             },
             (Self::Told(told), _) => told.as_mut().poll(cx),
-            (Self::Look(_), SendHalf::Tcp(_)) => Poll::Pending,
+            (Self::Look { .. }, SendHalf::Tcp(_)) => Poll::Pending,
         }
     }
 }

@@ -51,10 +51,11 @@ pub(super) fn deserialize<T: DeserializeOwned>(root: &Node) -> Result<T, Vec<Tre
     while let Some(last) = found.last()
         && found.len() <= MOST
     {
-        let wrong = match &last.cause {
-            Cause::Value | Cause::Missing(_) => last.path.clone(),
-            Cause::Unknown(key) => joined(&last.path, key),
-        };
+        let mut wrong: Vec<&str> = tree::segments(&last.path).collect();
+        if let Cause::Unknown(key) = &last.cause {
+            // It may have dots of its own.
+            wrong.push(key);
+        }
         if !take(&mut rest, &wrong, &mut taken) {
             break;
         }
@@ -64,22 +65,22 @@ pub(super) fn deserialize<T: DeserializeOwned>(root: &Node) -> Result<T, Vec<Tre
         }
     }
     // What was taken out is not missing.
-    found.retain(
-        |error| !matches!(error.cause, Cause::Missing(key) if taken.contains(&dotted(&joined(&error.path, key)))),
-    );
+    found.retain(|error| match error.cause {
+        Cause::Missing(key) => {
+            let path: Vec<String> = tree::segments(&error.path).chain([key]).map(str::to_owned).collect();
+            !taken.contains(&path)
+        }
+        Cause::Value | Cause::Unknown(_) => true,
+    });
     found.truncate(MOST);
     Err(found)
 }
 
 /// Whether something was taken `from` where `path` leads, that was not taken before.
-fn take(from: &mut Node, path: &str, taken: &mut HashSet<String>) -> bool {
-    let segments: Vec<&str> = tree::segments(path).collect();
-    let depth = from.take(&segments);
-    depth.and_then(|depth| segments.get(..depth)).is_some_and(|path| taken.insert(path.join(".")))
-}
-
-fn dotted(path: &str) -> String {
-    tree::segments(path).collect::<Vec<_>>().join(".")
+fn take(from: &mut Node, path: &[&str], taken: &mut HashSet<Vec<String>>) -> bool {
+    let depth = from.take(path);
+    let owned = |path: &[&str]| path.iter().map(|segment| (*segment).to_owned()).collect();
+    depth.and_then(|depth| path.get(..depth)).is_some_and(|path| taken.insert(owned(path)))
 }
 
 impl Node {

@@ -362,6 +362,14 @@ fn what_does_not_fit_its_type_comes_at_once_too() {
 }
 
 #[test]
+fn a_key_that_is_spelled_as_a_path_is_one_unknown_key() {
+    let text = format!("{}failover.enabled: true\n", GOOD.replace("3000", "soon"));
+    let said = message(&text, &[]);
+    assert_eq!(said.matches("unknown field `failover.enabled`").count(), 1, "{said}");
+    assert!(said.contains("failover.holdDownMs: invalid type"), "{said}");
+}
+
+#[test]
 fn aliases_that_multiply_are_refused() {
     let mut text = String::from("a: &a [x, x, x, x, x, x, x, x, x, x]\n");
     for (name, of) in "bcdefghi".chars().zip("abcdefgh".chars()) {

@@ -58,7 +58,7 @@ pub(crate) async fn listen(core: Arc<Core>, listener: TcpListener) {
             return;
         }
     };
-    let sources = Arc::new(Sources::new(core.config.tunnel.tcp.max_pending_handshakes_per_source));
+    let sources = Arc::new(Sources::far(core.config.tunnel.tcp.max_pending_handshakes_per_source));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,

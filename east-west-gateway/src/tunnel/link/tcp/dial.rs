@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    ALPN, LinkNumber, TcpLink, prepare,
+    ALPN, LinkNumber, TICK, TcpLink, prepare,
     stream::{Connection, Slot},
     tls::{self, Established, Tls},
 };
@@ -38,10 +38,9 @@ use crate::{
 const DIALS: usize = 32;
 const BACKOFF_BASE: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
-/// Until an offer that ended unused is made again.
+/// Until an offer that ended unused is made again, unless it had lasted for a while.
 const UNUSED: Duration = Duration::from_secs(1);
-/// How often age is looked at, and the memory of misses halved.
-const TICK: Duration = Duration::from_secs(5);
+const LASTED: Duration = Duration::from_secs(10);
 
 /// Why no connection came about.
 #[derive(Debug, thiserror::Error)]
@@ -176,9 +175,7 @@ async fn keep(link: Arc<TcpLink>) {
             () = time::sleep_until(pause.unwrap_or_else(Instant::now)), if pause.is_some() => pause = None,
             () = link.taken.notified() => {}
             _ = ticks.tick() => {
-                link.misses.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n / 2)).ok();
-                let limit = link.config.idle_timeout;
-                link.lock().retain(|ready| clock::since(ready.since) < limit && ready.connection.is_quiet());
+                link.tend();
             }
             () = link.closed.cancelled() => return,
         }
@@ -198,13 +195,14 @@ impl UnderWay {
     }
 }
 
-/// Until the peer uses it, or it ends. One that ended unused keeps its place for a while: the peer might else have us dial
-/// without pause.
+/// Until the peer uses it, or it ends. One that ended soon and unused keeps its place for a while: the peer might else have
+/// us dial without pause. One that has only become old is replaced at once: all of them do at about the same time.
 fn offer(link: &Arc<TcpLink>, way: &Way, connection: Connection) {
     link.offered.fetch_add(1, Ordering::Relaxed);
     let link = link.clone();
     way.core.tasks.spawn("tunnel.tcp_offer", async move {
-        if !link.await_first(connection).await {
+        let since = clock::now();
+        if !link.await_first(connection).await && clock::since(since) < LASTED {
             tokio::select! {
                 () = time::sleep(UNUSED) => {}
                 () = link.closed.cancelled() => {}

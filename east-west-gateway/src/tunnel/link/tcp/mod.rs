@@ -53,6 +53,8 @@ const OFFER: Duration = Duration::from_millis(500);
 /// A handshake that takes longer has lost its first packet, which TCP sends again after a second (RFC 6298, 2.1), or has a
 /// long way.
 const OVERDUE: Duration = Duration::from_millis(250);
+/// Old connections are looked for, and the number of misses is halved.
+const TICK: Duration = Duration::from_secs(5);
 /// Streams that the peer opened and nobody has taken yet.
 const BACKLOG: usize = 128;
 
@@ -75,6 +77,8 @@ pub(crate) struct TcpLink {
     taken: Notify,
     /// How many were missing when a stream was opened, of late: what is kept warm grows with it.
     misses: AtomicUsize,
+    /// When an acceptor last looked after its pool.
+    tended: Mutex<Option<Instant>>,
     /// Connections that the peer would like to be offered.
     wanted: AtomicUsize,
     /// Offered, and not used yet.
@@ -118,6 +122,7 @@ impl TcpLink {
             arrived: Notify::new(),
             taken: Notify::new(),
             misses: AtomicUsize::new(0),
+            tended: Mutex::default(),
             wanted: AtomicUsize::new(0),
             offered: AtomicUsize::new(0),
             to_accept: tx,
@@ -148,29 +153,46 @@ impl TcpLink {
 
     /// A connection for a stream of our own: a warm one, or a new one if we can dial, or the next one offered.
     pub(super) async fn open(&self) -> Result<(SendHalf, RecvHalf), Broken> {
-        let connection = loop {
-            if self.closed.is_cancelled() {
-                return Err(Broken);
-            }
+        if self.closed.is_cancelled() {
+            return Err(Broken);
+        }
+        let connection = match &self.way {
+            Some(way) => match self.take() {
+                Some(warm) => warm,
+                None => {
+                    self.missed();
+                    self.dialled(way).await?
+                }
+            },
+            None => self.next_offered().await?,
+        };
+        let (send, recv) = connection.halves();
+        Ok((SendHalf::Tcp(send), RecvHalf::Tcp(recv)))
+    }
+
+    /// One that the peer offers.
+    async fn next_offered(&self) -> Result<Connection, Broken> {
+        let deadline = time::Instant::now() + OFFER;
+        loop {
             let mut arrived = pin!(self.arrived.notified());
             // What comes after the look at what is there is not missed.
             arrived.as_mut().enable();
             if let Some(connection) = self.take() {
-                break connection;
+                return Ok(connection);
             }
-            self.misses.fetch_add(1, Ordering::Relaxed);
-            self.taken.notify_one();
-            match &self.way {
-                Some(way) => break self.dialled(way).await?,
-                None => tokio::select! {
-                    () = arrived => {}
-                    () = self.closed.cancelled() => return Err(Broken),
-                    () = time::sleep(OFFER) => return Err(Broken),
-                },
+            self.missed();
+            tokio::select! {
+                () = arrived => {}
+                () = self.closed.cancelled() => return Err(Broken),
+                () = time::sleep_until(deadline) => return Err(Broken),
             }
-        };
-        let (send, recv) = connection.halves();
-        Ok((SendHalf::Tcp(send), RecvHalf::Tcp(recv)))
+        }
+    }
+
+    /// None was ready.
+    fn missed(&self) {
+        self.misses.fetch_add(1, Ordering::Relaxed);
+        self.taken.notify_one();
     }
 
     /// One that is dialled now; if that takes long, what the others have become is as good.
@@ -252,8 +274,12 @@ impl TcpLink {
         &self.leaf
     }
 
-    /// How many connections an acceptor would like to have on offer for its own streams; 0 while it can dial.
+    /// How many connections an acceptor would like to have on offer for its own streams; 0 while it can dial. Asked again
+    /// and again.
     pub(crate) fn wishes(&self, needs: bool) -> u32 {
+        if self.way.is_none() && self.is_untended() {
+            self.tend();
+        }
         let wish = if needs && self.way.is_none() { self.warm() } else { 0 };
         u32::try_from(wish).unwrap_or(u32::MAX)
     }
@@ -264,6 +290,24 @@ impl TcpLink {
         if self.wanted.swap(wanted, Ordering::Relaxed) != wanted {
             self.taken.notify_one();
         }
+    }
+
+    /// Lets go of what is too old or has ended, and of half of the wish for more. For whoever runs the link, each [`TICK`].
+    fn tend(&self) {
+        self.misses.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| Some(n / 2)).ok();
+        let limit = self.config.idle_timeout;
+        self.lock().retain(|ready| clock::since(ready.since) < limit && ready.connection.is_quiet());
+    }
+
+    /// Whether [`TcpLink::tend`] is due; then not again for a while.
+    fn is_untended(&self) -> bool {
+        let now = clock::now();
+        let mut tended = self.tended.lock().unwrap_or_else(PoisonError::into_inner);
+        let due = tended.is_none_or(|at| now.duration_since(at) >= TICK);
+        if due {
+            *tended = Some(now);
+        }
+        due
     }
 
     /// How many connections to keep ready.
@@ -397,5 +441,27 @@ mod tests {
             link.end();
             assert_eq!(time::timeout(Duration::from_secs(5), waits).await, Ok(false));
         }
+    }
+
+    #[tokio::test]
+    async fn an_acceptor_lets_go_of_what_has_ended_and_of_its_wish() {
+        let remote = SocketAddr::from(([127, 0, 0, 1], 1));
+        let config = TcpConfig::default();
+        let link = TcpLink::new([7; 16], cluster("east"), (remote, CertificateDer::from(Vec::new())), &config, None);
+        let (near, far) = pair().await;
+        let slot = Slot { _link: link.slots.clone().try_acquire_owned().unwrap(), _peers: None };
+        link.put(Connection::new(far, link.stream_bond(), slot));
+        for _ in 0..1_000 {
+            link.missed();
+        }
+        assert_eq!(link.wishes(true) as usize, config.max_warm);
+        assert_eq!(link.lock().len(), 1);
+        drop(near);
+        let given_back = async || {
+            *link.tended.lock().unwrap() = None;
+            let wish = link.wishes(true) as usize;
+            link.lock().is_empty() && wish == config.min_warm
+        };
+        isthmus_runtime::wait::wait_for("all is given back", Duration::from_secs(5), given_back).await.unwrap();
     }
 }
