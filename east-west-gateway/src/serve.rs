@@ -366,6 +366,7 @@ impl Starting {
         tasks.spawn("ingress.listen", listen);
         tasks.spawn("pool.probe", core.pool.clone().probe(core.stop.clone()));
         tasks.spawn("overload.watch", sample::watch(core.clone()));
+        tasks.spawn("tunnel.windows", shrink_windows(core.clone()));
         tasks.spawn("pool.view", keep_own_house(core.clone()));
         tasks.spawn("readiness", ready_once_tried(core.clone(), self.gates.listening));
         if let Some(agent) = agent {
@@ -421,6 +422,14 @@ impl Starting {
             (record.federation().clone(), member.source().clone(), member.trust().clone());
         let agent = Agent::new(member, self.config.state_dir.clone(), &self.metrics);
         (Given { cluster: record.cluster, federation, identity, trust, view: agent.view() }, agent)
+    }
+}
+
+/// Until the end.
+async fn shrink_windows(core: Arc<Core>) {
+    tokio::select! {
+        () = core.room.clone().shrink() => {}
+        () = core.stop.cancelled() => {}
     }
 }
 

@@ -5,21 +5,41 @@
 //! whose near side takes nothing may hold a whole stream window of it. So that none of the others ever waits for it, the
 //! connection's window grows with the slow readers, by memory that all links share (`tunnel.slowReaderBytes`); when that
 //! is used up, the one of the link that has been slow for the longest is given up.
+//!
+//! Windows grow at once and shrink slowly ([`Room::shrink`]). What a window shrinks by is a debt: the peer gets no credit
+//! before so much was read (quinn), and then nobody's bytes pass, not even those of the control stream. A link whose
+//! window swung by a hundred megabytes was given up for dead. So no more than a part of what was read of late is owed.
 
 use std::{
     collections::BTreeMap,
     fmt,
     future::Future,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::{
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    time,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::TunnelConfig;
 
-/// Sets a connection's windows for receiving and for sending, in bytes.
-pub(crate) type Resize = Box<dyn Fn(u64, u64) + Send + Sync>;
+/// Between two steps of a window that shrinks.
+const STEP_EVERY: Duration = Duration::from_millis(50);
+/// Of what was read since the last step a window shrinks by one part in so many: the rest is credit.
+const OWED: u64 = 4;
+/// After so many steps without a byte a link carries nothing: a second, longer than a lost packet takes.
+const IDLE: u32 = 20;
+
+/// A connection's windows.
+pub(crate) struct Windows {
+    /// Sets those for receiving and for sending, in bytes.
+    pub(crate) resize: Box<dyn Fn(u64, u64) + Send + Sync>,
+    /// Bytes that were read from it so far.
+    pub(crate) read: Box<dyn Fn() -> u64 + Send + Sync>,
+}
 
 /// What all links may hold.
 #[derive(Debug)]
@@ -33,6 +53,8 @@ pub(crate) struct Room {
     /// One permit for each stream window beyond the links' own.
     spare: Arc<Semaphore>,
     links: Mutex<Links>,
+    /// Some window is not as it should be yet.
+    unsettled: Arc<Notify>,
 }
 
 #[derive(Debug, Default)]
@@ -51,8 +73,9 @@ pub(crate) struct Stalled {
 
 struct Shared {
     stream: u64,
-    resize: Resize,
+    windows: Windows,
     spare: Arc<Semaphore>,
+    unsettled: Arc<Notify>,
     inner: Mutex<Inner>,
 }
 
@@ -65,6 +88,15 @@ struct Inner {
     places: BTreeMap<u64, CancellationToken>,
     /// By how many stream windows the connection's window has grown.
     grown: Vec<OwnedSemaphorePermit>,
+    /// The windows as they are: as they should be, or on their way there.
+    receive: u64,
+    send: u64,
+    /// What had been read at the last step.
+    read: u64,
+    /// What the window has shrunk by and was not read since: the peer has credit for it beyond the window.
+    owed: u64,
+    /// Steps since something was read.
+    still: u32,
 }
 
 impl fmt::Debug for Shared {
@@ -84,13 +116,30 @@ impl Room {
             stream,
             spare: Arc::new(Semaphore::new(spare.min(Semaphore::MAX_PERMITS))),
             links: Mutex::default(),
+            unsettled: Arc::default(),
         }
     }
 
-    /// The part of one more link; `resize` is told the windows that it should have from now on.
-    pub(crate) fn link(self: &Arc<Self>, resize: Resize) -> Stalled {
-        let (spare, inner) = (self.spare.clone(), Mutex::default());
-        let shared = Arc::new(Shared { stream: self.stream, resize, spare, inner });
+    /// Makes windows smaller that are larger than they should be, step by step, for ever.
+    pub(crate) async fn shrink(self: Arc<Self>) {
+        loop {
+            self.unsettled.notified().await;
+            while self.step() {
+                time::sleep(STEP_EVERY).await;
+            }
+        }
+    }
+
+    /// One step of all that shrink; whether there is more to do.
+    fn step(&self) -> bool {
+        let links: Vec<Arc<Shared>> = self.lock().all.values().cloned().collect();
+        links.iter().fold(false, |more, link| link.step() | more)
+    }
+
+    /// The part of one more link, which is told the windows that it should have from now on.
+    pub(crate) fn link(self: &Arc<Self>, windows: Windows) -> Stalled {
+        let (spare, unsettled, inner) = (self.spare.clone(), self.unsettled.clone(), Mutex::default());
+        let shared = Arc::new(Shared { stream: self.stream, windows, spare, unsettled, inner });
         let mut links = self.lock();
         let id = links.next;
         links.next += 1;
@@ -121,7 +170,7 @@ impl Stalled {
         let given_up = CancellationToken::new();
         inner.places.insert(id, given_up.clone());
         if self.shared.grow(&mut inner) {
-            self.shared.resize(&inner);
+            self.shared.resize(&mut inner);
         }
         Place { shared: self.shared.clone(), id, given_up }
     }
@@ -142,7 +191,7 @@ impl Shared {
         if inner.own != own {
             inner.own = own;
             while self.grow(&mut inner) {}
-            self.resize(&inner);
+            self.resize(&mut inner);
         }
     }
 
@@ -163,22 +212,70 @@ impl Shared {
         inner.places.len() > self.borne(inner) + inner.grown.len()
     }
 
-    /// Slow readers have three quarters of the grown window, too: a receiver tells its sender of room only when it is an
-    /// eighth of the whole (quinn), so that a smaller rest would never be told of.
-    fn resize(&self, inner: &Inner) {
-        let grown = inner.grown.len() as u64 * self.stream * 4 / 3;
-        (self.resize)(inner.own + grown, inner.own);
+    /// The window with `grown` stream windows more than its own. Slow readers have three quarters of these, too: a receiver
+    /// tells its sender of room only when it is an eighth of the whole (quinn), so that a smaller rest would never be told
+    /// of.
+    fn window(&self, inner: &Inner, grown: usize) -> u64 {
+        inner.own + grown as u64 * self.stream * 4 / 3
+    }
+
+    /// Up at once, down later. What a peer was granted and has not used is not granted again.
+    fn resize(&self, inner: &mut Inner) {
+        let target = self.window(inner, inner.grown.len());
+        let (receive, send) = (inner.receive.max(target.saturating_sub(inner.owed)), inner.own.max(inner.send));
+        self.set(inner, receive, send);
+        if receive != target || send > inner.own {
+            self.unsettled.notify_one();
+        }
+    }
+
+    /// By how many stream windows it is to have grown. Half of it at a time, and late, since slow readers come and go many
+    /// times a second.
+    fn wanted(&self, inner: &Inner) -> usize {
+        let grown = inner.grown.len();
+        if inner.places.len() <= (self.borne(inner) + grown) / 2 { grown / 2 } else { grown }
+    }
+
+    /// One step towards the windows that there should be; whether there is more to do.
+    fn step(&self) -> bool {
+        let mut inner = self.lock();
+        let read = (self.windows.read)();
+        let since = read.saturating_sub(std::mem::replace(&mut inner.read, read));
+        inner.owed = inner.owed.saturating_sub(since);
+        inner.still = if since == 0 { inner.still.saturating_add(1) } else { 0 };
+        // Nobody waits for the credit of a link that carries nothing.
+        let idle = inner.still >= IDLE && inner.places.is_empty();
+        let most = if idle { u64::MAX } else { since / OWED };
+        let wanted = self.wanted(&inner);
+        let target = self.window(&inner, wanted);
+        let receive = if inner.receive > target {
+            target.max(inner.receive.saturating_sub(most))
+        } else {
+            inner.receive.max(target.saturating_sub(inner.owed))
+        };
+        let send = inner.own.max(inner.send.saturating_sub(most));
+        self.set(&mut inner, receive, send);
+        // The memory is free when the window is.
+        while inner.grown.len() > wanted && self.window(&inner, inner.grown.len() - 1) >= receive {
+            inner.grown.pop();
+        }
+        receive != self.window(&inner, self.wanted(&inner)) || send > inner.own
+    }
+
+    fn set(&self, inner: &mut Inner, receive: u64, send: u64) {
+        if (receive, send) != (inner.receive, inner.send) {
+            inner.owed += inner.receive.saturating_sub(receive);
+            (inner.receive, inner.send) = (receive, send);
+            (self.windows.resize)(receive, send);
+        }
     }
 
     /// One has caught up, or ended.
     fn leave(&self, id: u64) {
         let mut inner = self.lock();
         inner.places.remove(&id);
-        // Half of it at a time, and late, since slow readers come and go many times a second.
-        if !inner.grown.is_empty() && inner.places.len() <= (self.borne(&inner) + inner.grown.len()) / 2 {
-            let keep = inner.grown.len() / 2;
-            inner.grown.truncate(keep);
-            self.resize(&inner);
+        if self.wanted(&inner) < inner.grown.len() {
+            self.unsettled.notify_one();
         }
     }
 
@@ -240,11 +337,25 @@ mod tests {
         }))
     }
 
-    /// A link, and the window that it was told of last.
+    /// A link that carries nothing, and the window that it was told of last.
     fn link(room: &Arc<Room>) -> (Stalled, Arc<AtomicU64>) {
+        busy_link(room, Arc::default())
+    }
+
+    /// The same with a counter of what was read from it.
+    fn busy_link(room: &Arc<Room>, read: Arc<AtomicU64>) -> (Stalled, Arc<AtomicU64>) {
         let window = Arc::new(AtomicU64::new(0));
         let told = window.clone();
-        (room.link(Box::new(move |receive, _| told.store(receive, Ordering::Relaxed))), window)
+        let windows = Windows {
+            resize: Box::new(move |receive, _| told.store(receive, Ordering::Relaxed)),
+            read: Box::new(move || read.load(Ordering::Relaxed)),
+        };
+        (room.link(windows), window)
+    }
+
+    /// As many steps as there are.
+    fn settle(room: &Room) {
+        while room.step() {}
     }
 
     fn of(window: &AtomicU64) -> u64 {
@@ -281,9 +392,35 @@ mod tests {
         assert_eq!(of(&window), 12, "six more than the three that fit");
         assert!(!places.iter().any(gone));
         places.truncate(5);
+        settle(&room);
         assert_eq!(of(&window), 12, "they may come back at once");
         places.clear();
+        settle(&room);
         assert_eq!((of(&window), room.spare.available_permits()), (4, 8));
+    }
+
+    #[test]
+    fn a_window_shrinks_by_a_part_of_what_is_read() {
+        let (room, read) = (room(4 * MIB, 8), Arc::new(AtomicU64::new(0)));
+        let (stalled, window) = busy_link(&room, read.clone());
+        let places: Vec<Place> = (0..9).map(|_| slow(&stalled)).collect();
+        let mut before = window.load(Ordering::Relaxed);
+        let _one_stays = places.into_iter().next();
+        let mut steps = 0;
+        loop {
+            let more = room.step();
+            let after = window.load(Ordering::Relaxed);
+            // Nothing is owed where nothing was read, since somebody holds what has come.
+            assert!(before - after <= if steps == 0 { 0 } else { MIB / OWED }, "step {steps}: {before} {after}");
+            before = after;
+            if !more {
+                break;
+            }
+            read.fetch_add(MIB, Ordering::Relaxed);
+            steps += 1;
+        }
+        assert_eq!((of(&window), room.spare.available_permits()), (4, 8));
+        assert!(steps >= 8 * OWED, "{steps}");
     }
 
     #[test]
@@ -297,13 +434,19 @@ mod tests {
     #[test]
     fn links_share_one_amount_evenly_and_have_it_back_when_others_go() {
         let room = room(6 * MIB, 2);
-        let (first, window) = link(&room);
+        let read = Arc::new(AtomicU64::new(0));
+        let (first, window) = busy_link(&room, read.clone());
         assert_eq!(of(&window), 4, "no more than a link may have");
         let others: Vec<_> = (0..2).map(|_| link(&room)).collect();
+        settle(&room);
         assert_eq!((of(&window), of(&others[1].1)), (2, 2));
         let many: Vec<_> = (0..20).map(|_| link(&room)).collect();
+        settle(&room);
         assert_eq!((of(&window), of(&many[19].1)), (1, 1), "one stream must fit");
         drop((others, many));
+        assert_eq!(of(&window), 1, "its peer was granted the rest before");
+        read.fetch_add(3 * MIB, Ordering::Relaxed);
+        settle(&room);
         assert_eq!(of(&window), 4);
         let places: Vec<Place> = (0..3).map(|_| slow(&first)).collect();
         let (_second, _) = link(&room);

@@ -1,4 +1,4 @@
-//! Who may write to a QUIC connection whose window is used up.
+//! Who may write to a QUIC connection whose window is used up, and how much was read from it.
 //!
 //! All streams share the connection's windows, and quinn lets whoever asks first have what becomes free: with more bulk
 //! streams than the windows hold, a control frame or the head of a new stream could wait for as long as these go on, and
@@ -13,7 +13,7 @@ use std::{
     pin::pin,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     task::{Context, Poll, Waker},
 };
@@ -36,6 +36,8 @@ pub(crate) struct Gate {
     /// Bulk that holds still.
     held: Mutex<Wakers>,
     shorts: Mutex<Shorts>,
+    /// Bytes that were read from the connection's streams.
+    read: AtomicU64,
 }
 
 type Wakers = HashMap<StreamId, Waker>;
@@ -49,6 +51,16 @@ struct Shorts {
 }
 
 impl Gate {
+    /// Bytes that were read from the connection's streams so far.
+    pub(super) fn read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+
+    /// So many more.
+    pub(super) fn count_read(&self, bytes: usize) {
+        self.read.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
     /// Bulk holds still while this lives.
     fn go_ahead(&self) -> Ahead<'_> {
         self.ahead.fetch_add(1, Ordering::AcqRel);

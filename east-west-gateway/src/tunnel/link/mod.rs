@@ -32,7 +32,7 @@ use self::{
     gate::{Gate, GatedSend},
     receive::QuicReceiver,
 };
-use super::{Close, ending, stalled::Resize};
+use super::{Close, ending, stalled::Windows};
 
 /// QUIC error code of a carried connection that ended abruptly.
 pub(crate) const RESET: VarInt = VarInt::from_u32(1);
@@ -78,7 +78,10 @@ impl From<quinn::Connection> for QuicLink {
 impl QuicLink {
     /// Both halves of one of its streams.
     pub(crate) fn halves(&self, (send, recv): (quinn::SendStream, quinn::RecvStream)) -> (SendHalf, RecvHalf) {
-        (SendHalf::Quic(GatedSend::new(send, self.gate.clone())), RecvHalf::Quic(recv.into()))
+        (
+            SendHalf::Quic(GatedSend::new(send, self.gate.clone())),
+            RecvHalf::Quic(QuicReceiver::new(recv, self.gate.clone())),
+        )
     }
 }
 
@@ -209,14 +212,15 @@ impl Link {
         }
     }
 
-    /// What sets the windows that all its streams share, where they share one.
-    pub(crate) fn resize(&self) -> Option<Resize> {
+    /// The windows that all its streams share, where they share one.
+    pub(crate) fn windows(&self) -> Option<Windows> {
         let Self::Quic(link) = self else { return None };
-        let connection = link.connection.clone();
-        Some(Box::new(move |receive, send| {
+        let (connection, gate) = (link.connection.clone(), link.gate.clone());
+        let resize = move |receive, send| {
             connection.set_receive_window(VarInt::from_u64(receive).unwrap_or(VarInt::MAX));
             connection.set_send_window(send);
-        }))
+        };
+        Some(Windows { resize: Box::new(resize), read: Box::new(move || gate.read()) })
     }
 
     /// What carries it.

@@ -5,13 +5,14 @@
 
 use std::{
     pin::pin,
+    sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
 use futures_util::FutureExt as _;
 
-use super::{BATCH, Broken, RESET};
+use super::{BATCH, Broken, RESET, gate::Gate};
 
 /// As much as is read at once.
 const MOST: usize = 64 * 1024;
@@ -20,10 +21,16 @@ const MOST: usize = 64 * 1024;
 #[derive(Debug)]
 pub(crate) struct QuicReceiver {
     stream: quinn::RecvStream,
+    gate: Arc<Gate>,
     broken: bool,
 }
 
 impl QuicReceiver {
+    /// What is read counts at `gate`.
+    pub(super) fn new(stream: quinn::RecvStream, gate: Arc<Gate>) -> Self {
+        Self { stream, gate, broken: false }
+    }
+
     /// The next bytes; `None` at the end.
     pub(super) fn poll_chunk(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Broken>> {
         if self.broken {
@@ -31,7 +38,10 @@ impl QuicReceiver {
         }
         // The future holds nothing between polls that a new one would not find out.
         pin!(self.stream.read_chunk(MOST, true)).poll(cx).map(|read| match read {
-            Ok(chunk) => Ok(chunk.map(|chunk| chunk.bytes)),
+            Ok(chunk) => Ok(chunk.map(|chunk| {
+                self.gate.count_read(chunk.bytes.len());
+                chunk.bytes
+            })),
             Err(_) => {
                 self.broken = true;
                 Err(Broken)
@@ -46,7 +56,11 @@ impl QuicReceiver {
         }
         let mut chunks = [const { Bytes::new() }; BATCH];
         match self.stream.read_chunks(&mut chunks).now_or_never() {
-            Some(Ok(Some(n))) => chunks.into_iter().take(n).collect(),
+            Some(Ok(Some(n))) => {
+                let chunks: Vec<Bytes> = chunks.into_iter().take(n).collect();
+                self.gate.count_read(chunks.iter().map(Bytes::len).sum());
+                chunks
+            }
             Some(Err(_)) => {
                 self.broken = true;
                 Vec::new()
@@ -64,7 +78,7 @@ impl QuicReceiver {
 
 impl From<quinn::RecvStream> for QuicReceiver {
     fn from(stream: quinn::RecvStream) -> Self {
-        Self { stream, broken: false }
+        Self::new(stream, Arc::default())
     }
 }
 

@@ -74,7 +74,7 @@ impl Tunnel {
     /// A tunnel over `link`, with the transport's own round-trip time until probes give one.
     pub(crate) fn new(core: &Core, (cluster, gateway): PeerKey, link: Link, origin: Origin) -> Self {
         let rtt = micros(link.path().rtt);
-        let stalled = link.resize().map(|resize| core.room.link(resize));
+        let stalled = link.windows().map(|windows| core.room.link(windows));
         Self {
             id: core.next_id(),
             cluster,
