@@ -96,10 +96,11 @@ pub(crate) struct Gateway {
 
 impl World {
     /// One gateway in the east, `western` in the west, in processes whose files are in `dir`.
+    /// The gateways of west are these; each link may have so many streams.
     pub(crate) async fn start(
         dir: &Path,
         transport: Transport,
-        western: &[&'static str],
+        (western, streams): (&[&'static str], u32),
         endpoints: &[SocketAddr],
     ) -> Self {
         drop(fs::remove_dir_all(dir));
@@ -107,7 +108,7 @@ impl World {
         let mut world = Self { gateways: BTreeMap::new(), transport, endpoints: endpoints.to_vec(), revision: 0 };
         let western = western.iter().map(|name| ("west", *name));
         for (cluster, name) in [("east", "gateway-1")].into_iter().chain(western) {
-            let gateway = Gateway::start(dir, &ca, cluster, name, transport).await;
+            let gateway = Gateway::start(dir, &ca, (cluster, name), (transport, streams)).await;
             world.gateways.insert((cluster, name), gateway);
         }
         world.tell();
@@ -156,7 +157,17 @@ impl World {
 }
 
 impl Gateway {
-    async fn start(dir: &Path, ca: &CertificateAuthority, cluster: &str, name: &str, transport: Transport) -> Self {
+    async fn start(
+        dir: &Path,
+        ca: &CertificateAuthority,
+        (cluster, name): (&str, &str),
+        (transport, streams): (Transport, u32),
+    ) -> Self {
+        let config = |dir: &Path, at| {
+            let mut config = config(dir, name, at, transport);
+            config["tunnel"]["maxStreamsPerPeer"] = streams.into();
+            config.to_string()
+        };
         let own = dir.join(format!("{cluster}-{name}"));
         fs::create_dir_all(&own).unwrap();
         let id = SpiffeId::component(&FEDERATION.parse().unwrap(), &cluster.parse().unwrap(), "gateway").unwrap();
@@ -164,7 +175,7 @@ impl Gateway {
         let chain = ca.sign_csr(&key.csr_der().unwrap(), &id, &[], DAY).unwrap();
         Svid::new(chain, &key).unwrap().save(&own, "gateway").unwrap();
         fs::write(own.join("root.der"), ca.root_der()).unwrap();
-        fs::write(own.join("config.json"), config(&own, name, None, transport).to_string()).unwrap();
+        fs::write(own.join("config.json"), config(&own, None)).unwrap();
         let program = std::env::current_exe().unwrap();
         let variable = format!("{FOLDER}={}", own.display());
         let process = Process::new(format!("{cluster}/{name}"), Path::new("env"), dir)
@@ -176,8 +187,7 @@ impl Gateway {
         let mut gateway = Self { dir: own, process, at };
         gateway.restart().await;
         // It comes back at the same place.
-        fs::write(gateway.dir.join("config.json"), config(&gateway.dir, name, Some(gateway.at), transport).to_string())
-            .unwrap();
+        fs::write(gateway.dir.join("config.json"), config(&gateway.dir, Some(gateway.at))).unwrap();
         gateway
     }
 
