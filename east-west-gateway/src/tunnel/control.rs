@@ -141,14 +141,19 @@ impl Early {
     }
 
     fn push(&mut self, frame: Result<ControlFrame, FrameError>) {
-        self.bytes += frame.as_ref().map_or(0, prost::Message::encoded_len);
+        self.bytes += Self::weight(&frame);
         self.frames.push_back(frame);
     }
 
     fn pop(&mut self) -> Option<Result<ControlFrame, FrameError>> {
         let frame = self.frames.pop_front()?;
-        self.bytes -= frame.as_ref().map_or(0, prost::Message::encoded_len);
+        self.bytes -= Self::weight(&frame);
         Some(frame)
+    }
+
+    /// A frame of two bytes takes much more than that.
+    fn weight(frame: &Result<ControlFrame, FrameError>) -> usize {
+        size_of_val(frame) + frame.as_ref().map_or(0, prost::Message::encoded_len)
     }
 }
 
@@ -320,5 +325,25 @@ pub(super) async fn say_why(send: &mut SendHalf, link: &Link) {
     let closing = Closing { code, reason: why.label().to_owned() };
     if let Ok(frame) = frame::encode(&ControlFrame { kind: Some(Kind::Closing(closing)) }) {
         send.say_last(&frame).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use isthmus_api::proto::tunnel::v1::Ping;
+
+    use super::*;
+
+    #[test]
+    fn what_comes_early_is_bounded_however_small_the_frames_and_nothing_is_read_after_an_error() {
+        let mut early = Early::default();
+        while early.has_room() {
+            early.push(Ok(ControlFrame { kind: Some(Kind::Ping(Ping::default())) }));
+        }
+        assert!(early.frames.len() * size_of::<ControlFrame>() <= MAX_EARLY + size_of::<Event>());
+        while early.pop().is_some() {}
+        assert_eq!(early.bytes, 0);
+        early.push(Err(FrameError::Ended));
+        assert!(!early.has_room());
     }
 }
