@@ -166,27 +166,31 @@ pub fn load_with_env<T: DeserializeOwned + Validate>(
     Err(ConfigError::Invalid { file: path.to_owned(), problems: located.collect() })
 }
 
-/// What types call themselves, and the largest of them.
-const NUMBERS: [(&str, u64); 4] =
-    [("u16", u16::MAX as u64), ("u32", u32::MAX as u64), ("u64", u64::MAX), ("usize", usize::MAX as u64)];
+/// What types call themselves, and what they take.
+const NUMBERS: [(&str, &str); 4] = [
+    ("u16", "write a whole number from 0 to 65535"),
+    ("u32", "write a whole number from 0 to 4294967295"),
+    ("u64", "write a whole number from 0 up"),
+    ("usize", "write a whole number from 0 up"),
+];
 
 /// The libraries' words for what does not fit a type, with what to write instead.
 fn advised(message: String) -> String {
     let number = NUMBERS.iter().find(|(kind, _)| message.ends_with(&format!("expected {kind}")));
-    let (number, largest) = number.map_or((false, 0), |(_, largest)| (true, *largest));
-    let range = format!("write a whole number from 0 to {largest}");
     let advice = match () {
         () if message.contains("expected a duration") => "write a number with its unit, for example 400ms, 5s or 10m",
         () if message.contains("invalid socket address syntax") => {
             "write IP:port, for example 192.0.2.1:443; names are not looked up"
         }
         () if message.contains("invalid IP address syntax") => "write an IP address; names are not looked up",
-        () if number && message.contains("string") => {
+        () if number.is_some() && message.contains("string") => {
             "write a plain number without a unit; sizes are in bytes, so that 4 MiB are 4194304"
         }
-        () if number => &range,
         () if message.ends_with("expected a boolean") => "write true or false",
-        () => return message,
+        () => match number {
+            Some((_, range)) => range,
+            None => return message,
+        },
     };
     // A number where a text belongs is advised to be quoted, which would not help here.
     format!("{}; {advice}", message.trim_end_matches("; put the value in quotes"))
