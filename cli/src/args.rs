@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use isthmus_model::ids::{ClusterName, ServiceName};
+use isthmus_model::ids::{ClusterName, NodeName, ServiceName};
 
 use crate::shapes::Stamp;
 
@@ -35,6 +35,9 @@ pub(crate) enum Command {
     /// Admit, list and revoke clusters
     #[command(subcommand)]
     Cluster(ClusterCommand),
+    /// The control plane's own nodes: add, remove, look
+    #[command(subcommand)]
+    Cp(CpCommand),
     /// Clusters, their consumers, applied revisions and problems
     #[command(after_help = "Examples:\n  isthmusctl status\n  isthmusctl status --watch\n  \
         isthmusctl status -o json | jq '.clusters[].name'")]
@@ -52,6 +55,49 @@ pub(crate) enum Command {
         isthmusctl wait --cluster us-east\n\n\
         Every connected consumer of every active cluster counts. On timeout: exit code 1, and who lags.")]
     Wait(WaitArgs),
+    /// What was asked of the control plane, by whom, and what came of it
+    #[command(after_help = "Examples:\n  isthmusctl history\n  isthmusctl history --all --limit 1000\n  \
+        isthmusctl history --subject us-east\n  isthmusctl history --all -o jsonl > audit.jsonl\n\n\
+        Without --all: what changed the state.")]
+    History(HistoryArgs),
+    /// What differs between two revisions
+    #[command(after_help = "Examples:\n  isthmusctl diff 40 42\n  isthmusctl diff 40 42 -o yaml")]
+    Diff {
+        /// The one
+        from: u64,
+        /// The other
+        to: u64,
+        #[command(flatten)]
+        format: FormatArgs,
+    },
+    /// Put the settings of an earlier revision in force again, as a new revision
+    #[command(after_help = "Examples:\n  isthmusctl rollback 40\n\n\
+        Settings come back; exports, bundles, indexes, tokens and revocations stay as they are. `isthmusctl diff` tells \
+        beforehand what it would change.")]
+    Rollback {
+        /// Which
+        revision: u64,
+    },
+    /// Write all that the control plane holds into a file
+    #[command(after_help = "Examples:\n  isthmusctl backup before-upgrade.isthmus\n  \
+        head -2 before-upgrade.isthmus     what it is of\n\n\
+        The file holds no key: back up stateDir/ca of each node, too, or every cluster must join again after a restore.")]
+    Backup {
+        /// Where to write it; an existing file is not replaced
+        file: PathBuf,
+    },
+    /// Put a backup into a new control plane that no cluster has joined
+    #[command(after_help = "Examples:\n  isthmusctl restore before-upgrade.isthmus\n  \
+        isthmusctl restore before-upgrade.isthmus --yes     without asking\n\n\
+        Members, exports, indexes, settings and revocations come back, in a new epoch; join tokens do not. With the \
+        CAs of then (stateDir/ca) the clusters go on by themselves.")]
+    Restore {
+        /// The backup
+        file: PathBuf,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
     /// This program's version
     #[command(after_help = "Example:\n  isthmusctl version")]
     Version,
@@ -88,6 +134,37 @@ pub(crate) enum ClusterCommand {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum CpCommand {
+    /// Mint a one-time token with which another node joins the control plane
+    #[command(after_help = "Examples:\n  isthmusctl cp add cp-2 > cp-2.token\n  isthmusctl cp add cp-2 --ttl 1h\n\n\
+        Only the token goes to stdout. The node learns the state first, and votes when it has it. Use 3 or 5 nodes: \
+        an even number survives no more losses than one less.")]
+    Add {
+        /// The new node's name, `node` in its configuration
+        name: NodeName,
+        /// How long it may be used, 1s to 24h
+        #[arg(long, default_value = "15m", value_parser = parse_ttl)]
+        ttl: Duration,
+    },
+    /// Who leads, who votes, who is behind
+    #[command(after_help = "Examples:\n  isthmusctl cp status\n  isthmusctl cp status -o json\n\n\
+        What the others hold only the leader knows: ask it to see all.")]
+    Status(FormatArgs),
+    /// Take a node out of the control plane for good
+    #[command(after_help = "Examples:\n  isthmusctl cp remove cp-2\n  \
+        isthmusctl cp remove cp-2 --yes     without asking\n\n\
+        To replace a node that is lost: remove it, then add one under the same name or another, with an empty state \
+        folder.")]
+    Remove {
+        /// The node's name
+        name: NodeName,
+        /// Do not ask
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum GetCommand {
     /// Global services: kind, ports, who exports them, conflicts
     #[command(
@@ -110,6 +187,35 @@ pub(crate) struct FormatArgs {
     /// How to print
     #[arg(short, long, value_enum, default_value_t = Format::Table)]
     pub(crate) output: Format,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct HistoryArgs {
+    /// Also what was refused, and what changed nothing
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Only about this cluster or node
+    #[arg(long, value_name = "NAME")]
+    pub(crate) subject: Option<String>,
+    /// So many, the latest first
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=10_240))]
+    pub(crate) limit: u32,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = HistoryFormat::Table)]
+    pub(crate) output: HistoryFormat,
+}
+
+/// How to print events.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum HistoryFormat {
+    /// For people
+    Table,
+    /// All that the control plane tells
+    Json,
+    /// The same, as YAML
+    Yaml,
+    /// One JSON object per line
+    Jsonl,
 }
 
 #[derive(Debug, Args)]

@@ -14,8 +14,10 @@ use crate::{context::Context, shapes::Failure};
 
 const CONNECT: Duration = Duration::from_secs(5);
 const CALL: Duration = Duration::from_secs(20);
+/// Of a whole state.
+const TRANSFER: Duration = Duration::from_secs(600);
 /// A federation's whole state as JSON.
-const MAX_ANSWER: usize = 256 * 1024 * 1024;
+const MAX_ANSWER: usize = 512 * 1024 * 1024;
 
 /// Talks to one control plane.
 pub(crate) struct Client {
@@ -49,6 +51,20 @@ impl Client {
         self.call(self.request(Method::POST, path).json(body), path).await
     }
 
+    /// A file, as it is.
+    pub(crate) async fn download(&self, path: &str) -> anyhow::Result<Vec<u8>> {
+        self.bytes(self.request(Method::GET, path).timeout(TRANSFER), path).await
+    }
+
+    /// Sends a file, as it is.
+    pub(crate) async fn upload<T: DeserializeOwned>(&self, path: &str, file: Vec<u8>) -> anyhow::Result<T> {
+        self.call(self.request(Method::POST, path).timeout(TRANSFER).body(file), path).await
+    }
+
+    pub(crate) async fn delete<T: DeserializeOwned>(&self, path: &str) -> anyhow::Result<T> {
+        self.call(self.request(Method::DELETE, path), path).await
+    }
+
     /// `clusters/<name>/<verb>`; a cluster's name needs no escaping.
     pub(crate) fn cluster_path(name: &ClusterName, verb: &str) -> String {
         format!("clusters/{name}/{verb}")
@@ -59,6 +75,16 @@ impl Client {
     }
 
     async fn call<T: DeserializeOwned>(&self, request: RequestBuilder, path: &str) -> anyhow::Result<T> {
+        let body = self.bytes(request, path).await?;
+        serde_json::from_slice(&body).with_context(|| {
+            format!(
+                "the answer of {} to /v1/{path} is not as expected; use programs of the same release",
+                self.server()
+            )
+        })
+    }
+
+    async fn bytes(&self, request: RequestBuilder, path: &str) -> anyhow::Result<Vec<u8>> {
         let mut response = request.send().await.map_err(|e| self.explain(e))?;
         let status = response.status();
         let mut body = Vec::new();
@@ -71,12 +97,7 @@ impl Client {
         if !status.is_success() {
             bail!(self.refusal(status, &body));
         }
-        serde_json::from_slice(&body).with_context(|| {
-            format!(
-                "the answer of {} to /v1/{path} is not as expected; use programs of the same release",
-                self.server()
-            )
-        })
+        Ok(body)
     }
 
     /// What a status other than success means.

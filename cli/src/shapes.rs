@@ -10,8 +10,95 @@ pub(crate) struct Status {
     pub(crate) federation: String,
     pub(crate) stamp: Stamp,
     pub(crate) node: String,
+    /// Nodes that could not be asked what agents told them.
+    #[serde(default)]
+    pub(crate) unasked: Vec<String>,
     #[serde(default)]
     pub(crate) clusters: Vec<Cluster>,
+}
+
+/// `GET /v1/nodes`: the control plane's group as one of its nodes sees it.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Group {
+    #[serde(default)]
+    pub(crate) leader: Option<String>,
+    #[serde(default)]
+    pub(crate) term: u64,
+    /// The last entry of the answering node's log.
+    #[serde(default)]
+    pub(crate) last_log_index: u64,
+    #[serde(default)]
+    pub(crate) nodes: Vec<Node>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Node {
+    pub(crate) name: String,
+    pub(crate) id: u64,
+    #[serde(default)]
+    pub(crate) address: String,
+    /// `leader`, `voter`, `learner` or `joining`.
+    pub(crate) role: String,
+    /// The last entry that it is known to hold.
+    #[serde(default)]
+    pub(crate) log_index: Option<u64>,
+}
+
+impl Node {
+    pub(crate) fn votes(&self) -> bool {
+        matches!(self.role.as_str(), "leader" | "voter")
+    }
+}
+
+/// One of `GET /v1/events`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Event {
+    /// Unix time in milliseconds.
+    pub(crate) at: u64,
+    pub(crate) who: String,
+    pub(crate) action: String,
+    #[serde(default)]
+    pub(crate) subject: String,
+    /// `changed`, `unchanged`, or the code of a refusal.
+    pub(crate) outcome: String,
+    #[serde(default)]
+    pub(crate) reason: String,
+    pub(crate) after: Stamp,
+}
+
+/// `GET /v1/diff/{from}/{to}`.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Difference {
+    #[serde(default)]
+    pub(crate) settings: Option<[serde_json::Value; 2]>,
+    pub(crate) events: Vec<Event>,
+}
+
+/// `POST /v1/rollback/{revision}`.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct RolledBack {
+    pub(crate) stamp: Stamp,
+    pub(crate) changed: bool,
+}
+
+/// `POST /v1/restore`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Restored {
+    pub(crate) stamp: Stamp,
+    pub(crate) of: Stamp,
+    pub(crate) same_authority: bool,
+    pub(crate) clusters: usize,
+    pub(crate) services: usize,
+}
+
+/// `DELETE /v1/nodes/{name}`.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Removed {
+    pub(crate) node: String,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]

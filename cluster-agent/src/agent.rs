@@ -49,7 +49,7 @@ use crate::{
     uplink::{
         Disk, Known, Uplink,
         admit::{Admitted, Pins, admit},
-        control::ControlPlane,
+        control::{ControlPlane, NODES_FORMAT},
         join::{self, Joined, Member},
         load_global,
         renew::Renewal,
@@ -293,7 +293,8 @@ impl Agent {
         let trust = TrustStore::new();
         trust.set(roots(&known.pins.federation, &self.ca.bundle()));
         let address = self.config.control_plane.clone().unwrap_or_else(|| member.control_plane.clone());
-        let control = ControlPlane::new(&address, &member.federation, &identity, &trust)?;
+        let nodes = LastKnownGood::new(self.config.state_dir.join("control-plane.lkg"), NODES_FORMAT);
+        let control = ControlPlane::new(&address, nodes, &member.federation, &identity, &trust)?;
         let renewal = Renewal {
             control: control.clone(),
             identity: identity.clone(),
@@ -315,7 +316,6 @@ impl Agent {
             own: member.cluster.clone(),
             ca: self.ca.clone(),
             control: control.clone(),
-            address,
             known,
             disk: self.disk,
             trust: trust.clone(),

@@ -180,7 +180,9 @@ async fn a_full_disk_stops_the_control_plane_and_acknowledges_nothing() {
     let layout = isthmus_e2e::federation::layout::ControlPlaneLayout::new(Base(3));
     let disk = federation.dir.join("disk");
     let config = federation.dir.join("small.yaml");
-    std::fs::write(&config, layout.config(&disk.join("state"), Duration::from_secs(1))).unwrap();
+    // Small files, so that the second one is begun soon.
+    let text = layout.config(&disk.join("state"), Duration::from_secs(1)) + "raft: { segmentBytes: 262144 }\n";
+    std::fs::write(&config, text).unwrap();
 
     // Too small from the start: it says so and does not listen.
     let mut tiny = on_small_disk(&federation, &config, &disk, 64);

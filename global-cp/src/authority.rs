@@ -1,24 +1,35 @@
 //! The federation's certificate authority, and this node's own identity under it.
 //!
 //! Decides the names that certificates carry and how long they live; who may ask is decided before
-//! ([`crate::federation`], [`crate::admin`]). The CA's key stays in `<stateDir>/ca`.
+//! ([`crate::federation`], [`crate::admin`], [`crate::nodes`]). Each node of the control plane has a CA of its own, whose
+//! key stays in `<stateDir>/ca`; the federation's bundle holds the roots of all. The bundle that was last seen is kept
+//! beside it, so that nodes find each other again before any of them has a state.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use isthmus_identity::{
-    bundle::TrustStore,
+    bundle::{BundleDocument, BundleError, TrustStore},
     ca::{CaError, CertificateAuthority},
     keys::{KeyError, KeyPair},
     svid::{Svid, SvidError},
     tls::IdentitySource,
 };
 use isthmus_model::{
-    ids::{ClusterName, IdError, SpiffeId, TrustDomain},
+    ids::{ClusterName, IdError, NodeName, SpiffeId, TrustDomain},
     service::TrustBundle,
 };
+use isthmus_runtime::files;
+use rustls_pki_types::CertificateDer;
 
 /// Life of certificates of agents, gateways, DNS servers and of this node.
 pub const COMPONENT_LIFETIME: Duration = Duration::from_secs(30 * 24 * 3600);
+/// The federation's bundle, in the CA's folder.
+const BUNDLE: &str = "federation-bundle.json";
 /// Life of the first administrator's certificate.
 pub const ADMIN_LIFETIME: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -29,6 +40,9 @@ pub struct Authority {
     own: SpiffeId,
     source: IdentitySource,
     trust: TrustStore,
+    bundle: Arc<Mutex<TrustBundle>>,
+    /// Where the bundle is kept.
+    kept: PathBuf,
 }
 
 /// A part of a cluster that gets a certificate under the federation.
@@ -57,17 +71,78 @@ pub enum AuthorityError {
     /// The name.
     #[error("name the certificate's owner")]
     Id(#[from] IdError),
+    /// The federation's bundle.
+    #[error("read the federation's trust bundle")]
+    Bundle(#[from] BundleError),
+    /// The file that it is kept in.
+    #[error("use {}", .path.display())]
+    Keep {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is not what was written.
+    #[error("{} is damaged: remove it if this control plane has one node, else replace the node", .path.display())]
+    Kept {
+        /// Which.
+        path: PathBuf,
+        /// How that shows.
+        source: serde_json::Error,
+    },
 }
 
 impl Authority {
     /// Opens the CA in `<state_dir>/ca` (made if there is none), and makes this node a new certificate.
-    pub fn open(state_dir: &Path, federation: &TrustDomain, node: &str) -> Result<Self, AuthorityError> {
+    pub fn open(state_dir: &Path, federation: &TrustDomain, node: &NodeName) -> Result<Self, AuthorityError> {
         let ca = Arc::new(CertificateAuthority::load_or_create(&state_dir.join("ca"), federation)?);
-        let own = SpiffeId::new(federation, &["cp", node])?;
-        let trust = TrustStore::new();
-        trust.set([(federation.clone(), vec![ca.root_der().clone()])].into());
+        let own = SpiffeId::new(federation, &["cp", node.as_str()])?;
         let source = IdentitySource::new(issue(&ca, &own, COMPONENT_LIFETIME)?);
-        Ok(Self { ca, own, source, trust })
+        let kept = state_dir.join("ca").join(BUNDLE);
+        let bundle = read(&kept)?.unwrap_or_else(|| ca.bundle());
+        let authority =
+            Self { ca, own, source, trust: TrustStore::new(), bundle: Arc::new(Mutex::new(bundle.clone())), kept };
+        authority.believe(&bundle)?;
+        Ok(authority)
+    }
+
+    /// Takes the federation's bundle, as the group has agreed on it, into use, and keeps it.
+    pub fn adopt(&self, bundle: &TrustBundle) -> Result<(), AuthorityError> {
+        let mut held = self.bundle.lock().unwrap_or_else(PoisonError::into_inner);
+        if *held == *bundle {
+            return Ok(());
+        }
+        self.believe(bundle)?;
+        let text =
+            serde_json::to_vec(bundle).map_err(|source| AuthorityError::Kept { path: self.kept.clone(), source })?;
+        files::write_secret(&self.kept, &text)
+            .map_err(|source| AuthorityError::Keep { path: self.kept.clone(), source })?;
+        *held = bundle.clone();
+        Ok(())
+    }
+
+    fn believe(&self, bundle: &TrustBundle) -> Result<(), AuthorityError> {
+        let mut roots = BundleDocument::parse(&bundle.document)?.x509_roots;
+        // A node whose root is not in yet must still be able to serve those who were told of it.
+        if !roots.contains(self.ca.root_der()) {
+            roots.push(self.ca.root_der().clone());
+        }
+        self.trust.set([(self.federation().clone(), roots)].into());
+        Ok(())
+    }
+
+    /// The bundle that follows `held`, with `root`; signed by this node's CA, whose root is in `held`.
+    pub fn with_root(&self, held: &TrustBundle, root: &[u8]) -> Result<TrustBundle, AuthorityError> {
+        let mut document = BundleDocument::parse(&held.document)?;
+        let root = CertificateDer::from(root.to_vec());
+        if document.x509_roots.contains(&root) {
+            return Ok(held.clone());
+        }
+        document.x509_roots.push(root);
+        document.sequence += 1;
+        let document = document.to_json()?;
+        let predecessor_signature = self.ca.sign_document(document.as_bytes())?;
+        Ok(TrustBundle { trust_domain: held.trust_domain.clone(), document, predecessor_signature })
     }
 
     /// Replaces this node's certificate by a new one, with a new key.
@@ -93,24 +168,44 @@ impl Authority {
         issue(&self.ca, &SpiffeId::new(self.ca.trust_domain(), &["admin", name])?, ADMIN_LIFETIME)
     }
 
-    /// The federation's trust bundle.
+    /// Whether this node's root is in `bundle`.
+    pub fn is_rooted_in(&self, bundle: &TrustBundle) -> bool {
+        BundleDocument::parse(&bundle.document).is_ok_and(|document| document.x509_roots.contains(self.ca.root_der()))
+    }
+
+    /// The federation's trust bundle, as last seen.
     pub fn bundle(&self) -> TrustBundle {
+        self.bundle.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The bundle of this node's CA alone: the federation's first one, if this node founds it.
+    pub fn own_bundle(&self) -> TrustBundle {
         self.ca.bundle()
     }
 
-    /// What join tokens pin.
+    /// This node's root: what the tokens that it mints pin.
     pub fn root_sha256(&self) -> [u8; 32] {
         self.ca.root_sha256()
     }
 
-    /// The root, DER.
+    /// This node's root, DER.
     pub fn root_der(&self) -> &[u8] {
         self.ca.root_der()
+    }
+
+    /// All roots of the federation, DER.
+    pub fn roots(&self) -> Vec<CertificateDer<'static>> {
+        self.trust.get().get(self.federation()).cloned().unwrap_or_default()
     }
 
     /// The federation's trust domain.
     pub fn federation(&self) -> &TrustDomain {
         self.ca.trust_domain()
+    }
+
+    /// This node's name.
+    pub fn own(&self) -> &SpiffeId {
+        &self.own
     }
 
     /// This node's certificate.
@@ -135,6 +230,15 @@ impl Component {
     }
 }
 
+fn read(kept: &Path) -> Result<Option<TrustBundle>, AuthorityError> {
+    let text = match fs::read(kept) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(AuthorityError::Keep { path: kept.to_owned(), source }),
+    };
+    serde_json::from_slice(&text).map(Some).map_err(|source| AuthorityError::Kept { path: kept.to_owned(), source })
+}
+
 fn issue(ca: &CertificateAuthority, id: &SpiffeId, lifetime: Duration) -> Result<Svid, AuthorityError> {
     let key = KeyPair::generate()?;
     let chain = ca.sign_csr(&key.csr_der()?, id, &[], lifetime)?;
@@ -149,6 +253,18 @@ pub fn agent_of(id: &SpiffeId, federation: &TrustDomain) -> Option<ClusterName> 
     let mut segments = id.segments();
     match (segments.next(), segments.next(), segments.next(), segments.next()) {
         (Some("cluster"), Some(cluster), Some("agent"), None) => cluster.parse().ok(),
+        _ => None,
+    }
+}
+
+/// The control plane node that `id` is, if it is one of this federation.
+pub fn node_of(id: &SpiffeId, federation: &TrustDomain) -> Option<NodeName> {
+    if id.trust_domain() != federation {
+        return None;
+    }
+    let mut segments = id.segments();
+    match (segments.next(), segments.next(), segments.next()) {
+        (Some("cp"), Some(node), None) => node.parse().ok(),
         _ => None,
     }
 }

@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use isthmus_model::{
     global::Settings,
-    ids::{ClusterName, TrustDomain},
+    ids::{NodeName, TrustDomain},
 };
 use isthmus_runtime::{
     config::{Problems, Validate},
@@ -24,9 +24,13 @@ pub struct Config {
     pub state_dir: PathBuf,
     /// Where it listens.
     pub listen: Listen,
-    /// `host:port` that goes into join tokens: where agents dial. Default: the bound gRPC address.
+    /// `host:port` where agents and other nodes dial this one; goes into join tokens. Default: the bound gRPC address.
     #[serde(default)]
     pub advertise: Option<String>,
+    /// The token with which this node joins a control plane that runs (`isthmusctl cp add NODE`); read only while
+    /// `stateDir` holds no state. Without it the node founds a control plane of its own.
+    #[serde(default)]
+    pub join_token_file: Option<PathBuf>,
     /// Federation-wide settings. The file is their source: they are written to the state at each start.
     #[serde(default)]
     pub settings: Settings,
@@ -62,11 +66,16 @@ pub struct Listen {
 pub struct Raft {
     /// Log entries after which a snapshot is written and the log cut.
     pub snapshot_after_entries: u64,
+    /// Size of the log's files, in bytes. They are reserved whole, so that a full disk is found when one is begun.
+    pub segment_bytes: u64,
 }
+
+/// The smallest file of a log.
+const MIN_SEGMENT: u64 = 256 << 10;
 
 impl Default for Raft {
     fn default() -> Self {
-        Self { snapshot_after_entries: 1000 }
+        Self { snapshot_after_entries: 1000, segment_bytes: 64 << 20 }
     }
 }
 
@@ -76,8 +85,8 @@ fn drain_grace() -> Duration {
 
 impl Validate for Config {
     fn validate(&self, problems: &mut Problems) {
-        if self.node.parse::<ClusterName>().is_err() {
-            problems.add("node", "use 1 to 63 lower-case letters, digits or '-', alphanumeric at both ends");
+        if let Err(error) = self.node.parse::<NodeName>() {
+            problems.add("node", error.to_string());
         }
         if self.state_dir.as_os_str().is_empty() {
             problems.add("stateDir", "name a folder");
@@ -105,6 +114,9 @@ impl Validate for Config {
         if self.raft.snapshot_after_entries == 0 {
             problems.add("raft.snapshotAfterEntries", "use 1 or more");
         }
+        if self.raft.segment_bytes < MIN_SEGMENT {
+            problems.add("raft.segmentBytes", format!("use {MIN_SEGMENT} or more"));
+        }
         problems.within("telemetry", &self.telemetry);
         if self.drain_grace.is_zero() {
             problems.add("drainGrace", "use more than 0, for example 10s");
@@ -113,7 +125,7 @@ impl Validate for Config {
 }
 
 /// `host:port` with a host and a port from 1.
-fn is_host_port(text: &str) -> bool {
+pub(crate) fn is_host_port(text: &str) -> bool {
     text.rsplit_once(':').is_some_and(|(host, port)| {
         let bracketed = host.starts_with('[') && host.ends_with(']');
         !host.is_empty() && (bracketed || !host.contains(':')) && port.parse::<u16>().is_ok_and(|port| port > 0)

@@ -67,7 +67,7 @@ fn run(args: &Cli) -> anyhow::Result<()> {
         // The engine tells every step of an election at INFO. Whoever wants that names a filter of their own.
         config.telemetry.log.level = "info,openraft=warn".to_owned();
     }
-    let telemetry = telemetry::init("isthmus-global-cp", &config.node, &config.telemetry)?;
+    let telemetry = telemetry::init("isthmus-global-cp", config.node.as_str(), &config.telemetry)?;
     let runtime = tokio::runtime::Runtime::new().context("start the async runtime")?;
     let ended = runtime.block_on(async {
         let bound = build(config).await.context("start the control plane")?;

@@ -1,11 +1,12 @@
 //! What `/metrics` says of the control plane beyond what every process says.
 
 use isthmus_runtime::health::Registry;
-use openraft::{BasicNode, RaftMetrics};
 use prometheus_client::{
     encoding::EncodeLabelSet,
     metrics::{counter::Counter, family::Family, gauge::Gauge},
 };
+
+use crate::raft::EngineMetrics;
 
 /// All of them. Cheap to clone.
 #[derive(Clone, Debug, Default)]
@@ -103,7 +104,7 @@ impl Metrics {
     }
 
     /// The engine moved on.
-    pub fn raft(&self, raft: &RaftMetrics<u64, BasicNode>) {
+    pub fn raft(&self, raft: &EngineMetrics) {
         self.raft_term.set(signed(raft.current_term));
         self.raft_last_log.set(signed(raft.last_log_index.unwrap_or(0)));
         self.raft_last_applied.set(signed(raft.last_applied.map_or(0, |id| id.index)));

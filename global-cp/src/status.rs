@@ -1,7 +1,8 @@
 //! What agents report about their clusters, for people to look at. In memory only: never in Raft, never decided upon.
 //!
 //! Each cluster has one report, the latest, whoever of its agent's replicas sent it. It outlives the session, so that one
-//! can see what was true last. Its size is bounded where it is read from the wire.
+//! can see what was true last. Its size is bounded where it is read from the wire. An agent has its session with one node of
+//! several: who asks for the status is told what all of them have heard ([`crate::nodes::reports`]).
 
 use std::{
     collections::BTreeMap,
@@ -34,6 +35,17 @@ struct Entry {
     report: Arc<Status>,
 }
 
+/// A cluster as one node has heard of it, or as all have.
+#[derive(Clone, Debug, Default)]
+pub struct Heard {
+    /// Its agent has a session.
+    pub connected: bool,
+    /// Its last message; zero: never.
+    pub last_seen: Timestamp,
+    /// The latest report.
+    pub report: Arc<Status>,
+}
+
 /// One agent's session, for as long as it lives.
 #[derive(Debug)]
 pub struct SessionGuard {
@@ -58,6 +70,9 @@ pub struct StatusView {
     pub stamp: Stamp,
     /// The node that answered.
     pub node: String,
+    /// Nodes that could not be asked: what agents told them alone is missing here.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub unasked: Vec<String>,
     /// By name.
     pub clusters: Vec<ClusterStatus>,
 }
@@ -115,44 +130,64 @@ impl StatusStore {
         self.lock().values().map(|entry| entry.sessions).sum()
     }
 
-    /// The latest report of a cluster's agent, if it made one.
-    pub fn report(&self, cluster: &ClusterName) -> Option<Arc<Status>> {
-        self.lock().get(cluster).map(|entry| entry.report.clone())
-    }
-
-    /// Everything, in the shape of the admin API.
-    pub fn view(&self, node: &str, global: &GlobalSnapshot) -> StatusView {
-        let clusters = self.lock();
-        let empty = Entry::default();
-        let status = global.clusters.values().map(|info| {
-            let entry = clusters.get(&info.name).unwrap_or(&empty);
-            ClusterStatus {
-                name: info.name.clone(),
-                state: match info.state {
-                    ClusterState::Active => "active",
-                    ClusterState::Revoked => "revoked",
-                },
-                region: info.locality.region.to_string(),
-                zone: info.locality.zone.to_string(),
-                index: info.index.0,
-                session: SessionStatus { connected: entry.sessions > 0, last_seen_ms: entry.last_seen },
-                consumers: entry.report.consumers.iter().map(|c| consumer_view(c, global.stamp)).collect(),
-                problems: entry.report.problems.clone(),
-                availability: entry.report.availability.clone(),
-                tunnels: entry.report.tunnels.clone(),
-            }
-        });
-        StatusView {
-            federation: global.federation.to_string(),
-            stamp: global.stamp,
-            node: node.to_owned(),
-            clusters: status.collect(),
-        }
+    /// What this node has heard.
+    pub fn heard(&self) -> BTreeMap<ClusterName, Heard> {
+        let heard = |entry: &Entry| Heard {
+            connected: entry.sessions > 0,
+            last_seen: entry.last_seen,
+            report: entry.report.clone(),
+        };
+        self.lock().iter().map(|(cluster, entry)| (cluster.clone(), heard(entry))).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ClusterName, Entry>> {
         // Each critical section leaves the map whole, so a poisoned one is as good as any.
         self.clusters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Adds what another node has heard: of each cluster what was heard last counts.
+pub fn merge(all: &mut BTreeMap<ClusterName, Heard>, other: BTreeMap<ClusterName, Heard>) {
+    for (cluster, heard) in other {
+        let held = all.entry(cluster).or_default();
+        if (heard.connected, heard.last_seen) > (held.connected, held.last_seen) {
+            *held = heard;
+        }
+    }
+}
+
+/// Everything, in the shape of the admin API.
+pub fn view(
+    node: &str,
+    global: &GlobalSnapshot,
+    heard: &BTreeMap<ClusterName, Heard>,
+    unasked: Vec<String>,
+) -> StatusView {
+    let never = Heard::default();
+    let status = global.clusters.values().map(|info| {
+        let heard = heard.get(&info.name).unwrap_or(&never);
+        ClusterStatus {
+            name: info.name.clone(),
+            state: match info.state {
+                ClusterState::Active => "active",
+                ClusterState::Revoked => "revoked",
+            },
+            region: info.locality.region.to_string(),
+            zone: info.locality.zone.to_string(),
+            index: info.index.0,
+            session: SessionStatus { connected: heard.connected, last_seen_ms: heard.last_seen },
+            consumers: heard.report.consumers.iter().map(|c| consumer_view(c, global.stamp)).collect(),
+            problems: heard.report.problems.clone(),
+            availability: heard.report.availability.clone(),
+            tunnels: heard.report.tunnels.clone(),
+        }
+    });
+    StatusView {
+        federation: global.federation.to_string(),
+        stamp: global.stamp,
+        node: node.to_owned(),
+        unasked,
+        clusters: status.collect(),
     }
 }
 

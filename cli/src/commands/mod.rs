@@ -1,8 +1,11 @@
 //! One module per command. Each fetches, decides with a pure function, prints.
 
+mod backup;
 mod cluster;
+mod cp;
 mod explain;
 mod get;
+mod history;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -34,10 +37,16 @@ pub(crate) async fn run(cli: Cli, out: &mut dyn Write) -> anyhow::Result<Verdict
     let client = Client::new(context::load(cli.context)?)?;
     match cli.command {
         Command::Cluster(command) => cluster::run(&client, command, out).await,
+        Command::Cp(command) => cp::run(&client, command, out).await,
         Command::Status(args) => status::run(&client, args, out).await,
         Command::Get(command) => get::run(&client, command, out).await,
         Command::Explain(args) => explain::run(&client, args, out).await,
         Command::Wait(args) => wait::run(&client, args, out).await,
+        Command::History(args) => history::run(&client, args, out).await,
+        Command::Diff { from, to, format } => history::diff(&client, (from, to), format.output, out).await,
+        Command::Rollback { revision } => history::rollback(&client, revision, out).await,
+        Command::Backup { file } => backup::take(&client, &file).await,
+        Command::Restore { file, yes } => backup::restore(&client, &file, yes, out).await,
         Command::Version => Ok(Verdict::Yes),
     }
 }

@@ -53,6 +53,10 @@ fn print(raw: Value, format: Format) -> anyhow::Result<String> {
 /// The tables.
 pub(super) fn render(status: &Status) -> String {
     let mut text = format!("Federation {}, revision {}, node {}\n\n", status.federation, status.stamp, status.node);
+    if !status.unasked.is_empty() {
+        let nodes = status.unasked.join(", ");
+        text.push_str(&format!("Not reached: {nodes}. What agents told only them is missing below.\n\n"));
+    }
     if status.clusters.is_empty() {
         text.push_str("No cluster has joined yet. `isthmusctl cluster join-token NAME` makes the first token.\n");
         return text;

@@ -190,8 +190,9 @@ impl Federation {
         let address = listener.local_addr().unwrap();
         let tokens = Tokens::open(dir.path().join("tokens.json")).unwrap();
         let stop = Shutdown::new();
+        let nodes = LastKnownGood::new(dir.path().join("control-plane.lkg"), 1);
         let local = LocalService::new(Parts {
-            control: ControlPlane::new("127.0.0.1:1", &realm.federation, &identity, &trust).unwrap(),
+            control: ControlPlane::new("127.0.0.1:1", nodes, &realm.federation, &identity, &trust).unwrap(),
             realm,
             hub: hub.clone(),
             status: status.clone(),

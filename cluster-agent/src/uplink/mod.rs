@@ -70,8 +70,6 @@ pub struct Uplink {
     pub ca: Arc<CertificateAuthority>,
     /// The channel.
     pub control: ControlPlane,
-    /// For logs.
-    pub address: String,
     /// From the disk.
     pub known: Known,
     /// To the disk.
@@ -118,8 +116,11 @@ impl Uplink {
             let why = chain(&ended);
             // Once per cause: the control plane may be away for long, by design.
             if why != last {
-                tracing::warn!(control_plane = %self.address, "no session with the control plane, trying again: {why}");
+                tracing::warn!(control_plane = %self.control.address(), "no session with the control plane, trying again: {why}");
                 last = why;
+            }
+            if matches!(ended, Ended::Closed(_) | Ended::Finished | Ended::Unanswered) {
+                self.control.use_next();
             }
             tokio::select! {
                 () = self.shutdown.requested() => return,

@@ -6,8 +6,9 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use isthmus_api::{
-    convert::{self, ConsumerKind, ConsumerStatus},
+    convert::{self, ConsumerKind, ConsumerStatus, ConvertError},
     proto::{
         common::v1 as common,
         federation::v1::{AgentMessage, ControlMessage, Hello, Publish, agent_message, control_message},
@@ -17,6 +18,7 @@ use isthmus_model::{
     global::{GlobalDelta, GlobalSnapshot},
     service::Publication,
 };
+use prost::Message;
 use tokio::{
     sync::mpsc,
     time::{Instant, interval, sleep_until, timeout},
@@ -38,6 +40,14 @@ const STATUS_IDLE: Duration = Duration::from_secs(10);
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(15);
 /// A refused publication is offered again after this, in case the refusal's cause went away.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
+
+fn decoded<M: Message + Default, T: TryFrom<M, Error = ConvertError>>(
+    what: &'static str,
+    bytes: Bytes,
+) -> Result<T, Ended> {
+    let message = M::decode(bytes).map_err(|error| ConvertError::new("", error.to_string()));
+    message.and_then(T::try_from).map_err(|source| Ended::Invalid { what, source })
+}
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -110,7 +120,7 @@ pub(super) async fn run(uplink: &mut Uplink) -> Ended {
         Ok(Err(status)) => return Ended::Closed(status),
         Err(_) => return Ended::Closed(Status::deadline_exceeded("no answer in time")),
     };
-    tracing::info!(control_plane = %uplink.address, "session with the control plane begins");
+    tracing::info!(control_plane = %uplink.control.address(), "session with the control plane begins");
     uplink.metrics.uplink_connected.set(1);
     let session = Session { uplink, up, sequence: 0, publishing: Publishing::Due, due: None };
     session.run(down).await
@@ -198,12 +208,11 @@ impl Session<'_> {
     async fn take(&mut self, message: ControlMessage) -> Result<(), Ended> {
         match message.kind {
             Some(control_message::Kind::Snapshot(snapshot)) => {
-                let snapshot =
-                    GlobalSnapshot::try_from(snapshot).map_err(|source| Ended::Invalid { what: "snapshot", source })?;
+                let snapshot: GlobalSnapshot = decoded::<common::GlobalSnapshot, _>("snapshot", snapshot)?;
                 self.uplink.accept(snapshot).await;
             }
             Some(control_message::Kind::Delta(delta)) => {
-                let delta = GlobalDelta::try_from(delta).map_err(|source| Ended::Invalid { what: "delta", source })?;
+                let delta: GlobalDelta = decoded::<common::GlobalDelta, _>("delta", delta)?;
                 let Some(held) = self.uplink.held() else {
                     self.uplink.resync = true;
                     return Err(Ended::Gap);
@@ -228,6 +237,13 @@ impl Session<'_> {
                 );
                 self.uplink.status.set_problems(Area::Uplink, vec![problem("publication", message)]);
                 self.settle(Some(Instant::now() + REFUSED_PAUSE));
+            }
+            Some(control_message::Kind::Nodes(nodes)) => {
+                let control = self.uplink.control.clone();
+                let learn = tokio::task::spawn_blocking(move || control.learn(&nodes.addresses));
+                if let Err(error) = learn.await {
+                    tracing::error!(%error, "the control plane's nodes were not remembered");
+                }
             }
             // An answer to an older publication, or a message that a newer version knows.
             Some(control_message::Kind::Published(_) | control_message::Kind::Refused(_)) | None => {}

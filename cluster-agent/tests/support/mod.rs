@@ -24,6 +24,7 @@ use isthmus_agent::{
 use isthmus_api::{
     convert,
     proto::{
+        common::v1 as common,
         federation::v1::{
             AgentMessage, ControlMessage, JoinRequest, JoinResponse, Published, Role, SignRequest, SignResponse,
             agent_message, control_message,
@@ -51,6 +52,7 @@ use isthmus_runtime::{
     tasks::{TaskError, Tasks},
     wait::wait_for,
 };
+use prost::Message as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -246,7 +248,7 @@ impl Federation for ControlPlane {
                     },
                     _ = states.changed() => {
                         let state = states.borrow_and_update().clone();
-                        state.map(|s| control_message::Kind::Snapshot((&s).into()))
+                        state.map(|s| control_message::Kind::Snapshot(common::GlobalSnapshot::from(&s).encode_to_vec().into()))
                     }
                 };
                 if let Some(kind) = reply

@@ -52,7 +52,7 @@ pub fn write_credentials(
         files::write_secret(path, text.as_bytes())
             .map_err(|source| CredentialsError::Write { path: path.to_owned(), source })
     };
-    secret(&dir.join("ca.pem"), &pem(authority.root_der()))?;
+    secret(&dir.join("ca.pem"), &authority.roots().iter().map(|root| pem(root)).collect::<String>())?;
     let usable = Svid::load(&dir, NAME).ok().flatten().is_some_and(|svid| is_usable(&svid, authority));
     if !usable {
         authority.issue_admin("root")?.save(&dir, NAME)?;

@@ -9,7 +9,7 @@ use isthmus_runtime::tasks::chain;
 use serde::Serialize;
 
 use crate::{
-    raft::ProposeError,
+    raft::{ProposeError, ReadError},
     state::{Rejection, RejectionKind},
 };
 
@@ -80,11 +80,22 @@ impl From<ProposeError> for ApiError {
     fn from(error: ProposeError) -> Self {
         let (status, code) = match error {
             ProposeError::Rejected(rejection) => return rejection.into(),
-            ProposeError::NotLeader => (StatusCode::SERVICE_UNAVAILABLE, "not_leader"),
+            ProposeError::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "no_leader"),
+            ProposeError::Refused { .. } => (StatusCode::BAD_GATEWAY, "refused_by_leader"),
             ProposeError::Deadline => (StatusCode::GATEWAY_TIMEOUT, "deadline"),
             ProposeError::Stopped(_) | ProposeError::NoAnswer => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
         tracing::error!(error = %chain(&error), "an administrator's change was not committed");
+        Self { status, code, message: error.to_string(), field: None }
+    }
+}
+
+impl From<ReadError> for ApiError {
+    fn from(error: ReadError) -> Self {
+        let (status, code) = match error {
+            ReadError::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "no_leader"),
+            ReadError::Stopped(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
+        };
         Self { status, code, message: error.to_string(), field: None }
     }
 }

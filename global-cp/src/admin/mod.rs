@@ -19,7 +19,7 @@ use tokio::{net::TcpListener, sync::watch};
 pub use self::credentials::{CredentialsError, write_credentials};
 use crate::{
     authority::{Authority, is_admin},
-    raft::Proposer,
+    raft::{Group, Peers, Proposer},
     state::View,
     status::StatusStore,
 };
@@ -32,6 +32,8 @@ pub(crate) struct Admin {
     pub(crate) advertise: Arc<str>,
     pub(crate) authority: Authority,
     pub(crate) proposer: Proposer,
+    pub(crate) group: Group,
+    pub(crate) peers: Peers,
     pub(crate) views: watch::Receiver<View>,
     pub(crate) status: StatusStore,
 }

@@ -1,13 +1,13 @@
 //! The admin API's calls.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, Path, State},
-    http::{Method, Uri},
-    routing::{get, post},
+    extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, State},
+    http::{Method, Uri, request::Parts},
+    routing::{delete, get, post},
 };
 use isthmus_identity::{
     grpc::PeerInfo,
@@ -15,23 +15,34 @@ use isthmus_identity::{
 };
 use isthmus_model::{
     availability::Report,
-    global::{GlobalService, GlobalSnapshot},
-    ids::{ClusterName, IdError, Stamp},
+    global::{GlobalService, GlobalSnapshot, Settings},
+    ids::{ClusterName, IdError, NodeName, Revision, Stamp},
     time::Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
 use super::{Admin, error::ApiError};
 use crate::{
-    state::{Command, MintToken, Rejection, TokenHash},
-    status::StatusView,
+    nodes::{reports, status::GroupStatus},
+    state::{
+        Actor, Command, Event, MintNodeToken, MintToken, Rejection, TokenHash,
+        backup::{self, BackupError},
+    },
+    status::{self, Heard, StatusView},
 };
 
 /// Largest request body.
 const MAX_BODY: usize = 64 << 10;
+/// Events in one answer, unless the request says otherwise, and at most.
+const EVENTS: usize = 100;
+const MAX_EVENTS: usize = 10_240;
+/// Largest backup.
+const MAX_BACKUP: usize = 512 << 20;
 /// Life of a join token, unless the request says otherwise, and at most.
 const TOKEN_TTL: Duration = Duration::from_secs(900);
 const MAX_TOKEN_TTL: Duration = Duration::from_secs(24 * 3600);
+/// The cluster that node tokens name.
+const NO_CLUSTER: &str = "control-plane";
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -55,15 +66,89 @@ struct Revoked {
 
 type Answer<T> = Result<Json<T>, ApiError>;
 
+#[derive(Debug, Serialize)]
+struct Removed {
+    node: NodeName,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Restored {
+    /// Where the state stands now.
+    stamp: Stamp,
+    /// Where it stood when the backup was taken.
+    of: Stamp,
+    /// Unix time in milliseconds.
+    taken_at: Timestamp,
+    /// The CAs are those of then: members go on. Else each must join again.
+    same_authority: bool,
+    clusters: usize,
+    services: usize,
+}
+
+/// Between two revisions.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Difference {
+    from: Revision,
+    to: Revision,
+    /// Then and then, if they differ.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settings: Option<[Settings; 2]>,
+    /// What changed the state meanwhile, oldest first, as far as it is kept.
+    events: Vec<Event>,
+}
+
+#[derive(Debug, Serialize)]
+struct RolledBack {
+    stamp: Stamp,
+    changed: bool,
+}
+
+/// Which events are asked for: `?limit=`, `?changes` (only what changed the state), `?who=`, `?subject=`.
+#[derive(Debug)]
+struct EventFilter {
+    limit: usize,
+    changes: bool,
+    who: Option<String>,
+    subject: Option<String>,
+}
+
+impl EventFilter {
+    fn takes(&self, event: &Event) -> bool {
+        (!self.changes || event.outcome == "changed")
+            && self.who.as_ref().is_none_or(|who| event.by.who == *who)
+            && self.subject.as_ref().is_none_or(|subject| event.subject == *subject)
+    }
+}
+
+/// How new what is read must be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Consistency {
+    /// All that was acknowledged before the read, by whichever node.
+    #[default]
+    Linearizable,
+    /// What this node holds, also while nobody leads.
+    Stale,
+}
+
 /// All routes.
 pub(super) fn router(admin: Admin) -> Router {
     Router::new()
         .route("/v1/clusters/{name}/join-token", post(join_token))
         .route("/v1/clusters/{name}/revoke", post(revoke))
-        .route("/v1/status", get(status))
+        .route("/v1/status", get(get_status))
         .route("/v1/snapshot", get(snapshot))
         .route("/v1/services", get(services))
         .route("/v1/availability/{cluster}", get(availability))
+        .route("/v1/events", get(events))
+        .route("/v1/diff/{from}/{to}", get(diff))
+        .route("/v1/rollback/{revision}", post(rollback))
+        .route("/v1/backup", get(take_backup))
+        .route("/v1/restore", post(restore).layer(DefaultBodyLimit::max(MAX_BACKUP)))
+        .route("/v1/nodes", get(nodes))
+        .route("/v1/nodes/{name}", delete(remove_node))
+        .route("/v1/nodes/{name}/join-token", post(node_token))
         .fallback(async |uri: Uri| {
             ApiError::not_found(format!("there is no {}; is isthmusctl newer than this control plane?", uri.path()))
         })
@@ -93,7 +178,11 @@ async fn join_token(
         expires_at,
     });
     let hash = TokenHash(Token::secret_hash(&token.secret));
-    admin.proposer.propose(Command::MintToken(MintToken { hash, cluster: cluster.clone(), expires_at, now })).await?;
+    admin
+        .proposer
+        .by(actor(&peer))
+        .propose(Command::MintToken(MintToken { hash, cluster: cluster.clone(), expires_at, now }))
+        .await?;
     tracing::info!(%cluster, by = %by(&peer), ttl_seconds = ttl.as_secs(), "join token minted");
     Ok(Json(TokenResponse { token: token.encode(), expires_at }))
 }
@@ -104,37 +193,226 @@ async fn revoke(
     Path(name): Path<String>,
 ) -> Answer<Revoked> {
     let cluster = cluster_name(&name)?;
-    let outcome = admin.proposer.propose(Command::Revoke { cluster: cluster.clone() }).await?;
+    let outcome = admin.proposer.by(actor(&peer)).propose(Command::Revoke { cluster: cluster.clone() }).await?;
     tracing::warn!(%cluster, by = %by(&peer), stamp = %outcome.stamp, changed = outcome.changed, "cluster revoked");
     Ok(Json(Revoked { stamp: outcome.stamp }))
 }
 
-async fn status(State(admin): State<Admin>) -> Answer<StatusView> {
-    let global = admin.global()?;
-    Ok(Json(admin.status.view(&admin.node, &global)))
+async fn get_status(State(admin): State<Admin>, consistency: Consistency) -> Answer<StatusView> {
+    let global = admin.global(consistency).await?;
+    let (heard, unasked) = admin.heard().await;
+    Ok(Json(status::view(&admin.node, &global, &heard, unasked)))
 }
 
-async fn snapshot(State(admin): State<Admin>) -> Answer<Arc<GlobalSnapshot>> {
-    Ok(Json(admin.global()?))
+async fn snapshot(State(admin): State<Admin>, consistency: Consistency) -> Answer<Arc<GlobalSnapshot>> {
+    Ok(Json(admin.global(consistency).await?))
 }
 
-async fn services(State(admin): State<Admin>) -> Answer<Vec<GlobalService>> {
-    Ok(Json(admin.global()?.services.values().cloned().collect()))
+async fn services(State(admin): State<Admin>, consistency: Consistency) -> Answer<Vec<GlobalService>> {
+    Ok(Json(admin.global(consistency).await?.services.values().cloned().collect()))
 }
 
-async fn availability(State(admin): State<Admin>, Path(name): Path<String>) -> Answer<Vec<Report>> {
+async fn availability(
+    State(admin): State<Admin>,
+    consistency: Consistency,
+    Path(name): Path<String>,
+) -> Answer<Vec<Report>> {
     let cluster = cluster_name(&name)?;
-    if !admin.global()?.clusters.contains_key(&cluster) {
+    if !admin.global(consistency).await?.clusters.contains_key(&cluster) {
         return Err(Rejection::UnknownCluster { cluster }.into());
     }
-    let report = admin.status.report(&cluster);
-    Ok(Json(report.iter().flat_map(|report| &report.availability).cloned().collect()))
+    let (heard, _) = admin.heard().await;
+    Ok(Json(heard.get(&cluster).map(|heard| heard.report.availability.clone()).unwrap_or_default()))
+}
+
+/// Latest first.
+async fn events(State(admin): State<Admin>, consistency: Consistency, filter: EventFilter) -> Answer<Vec<Event>> {
+    admin.wait(consistency).await?;
+    let view = admin.views.borrow().clone();
+    Ok(Json(view.state().events().filter(|event| filter.takes(event)).take(filter.limit).cloned().collect()))
+}
+
+async fn diff(
+    State(admin): State<Admin>,
+    consistency: Consistency,
+    Path((from, to)): Path<(String, String)>,
+) -> Answer<Difference> {
+    let (from, to) = (revision("from", &from)?, revision("to", &to)?);
+    admin.wait(consistency).await?;
+    let view = admin.views.borrow().clone();
+    let state = view.state();
+    let (before, after) = (state.settings_at(from)?, state.settings_at(to)?);
+    let within = from.min(to)..from.max(to);
+    let events = state.events().filter(|e| e.outcome == "changed" && within.contains(&e.before.revision)).cloned();
+    let mut events: Vec<Event> = events.collect();
+    events.reverse();
+    Ok(Json(Difference {
+        from,
+        to,
+        settings: (before != after).then(|| [(*before).clone(), (*after).clone()]),
+        events,
+    }))
+}
+
+async fn rollback(
+    State(admin): State<Admin>,
+    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    Path(to): Path<String>,
+) -> Answer<RolledBack> {
+    let to = revision("revision", &to)?;
+    let outcome = admin.proposer.by(actor(&peer)).propose(Command::Rollback { to }).await?;
+    tracing::warn!(%to, by = %by(&peer), stamp = %outcome.stamp, changed = outcome.changed, "rolled back");
+    Ok(Json(RolledBack { stamp: outcome.stamp, changed: outcome.changed }))
+}
+
+async fn take_backup(
+    State(admin): State<Admin>,
+    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    consistency: Consistency,
+) -> Result<Bytes, ApiError> {
+    admin.wait(consistency).await?;
+    let view = admin.views.borrow().clone();
+    let now = Timestamp(isthmus_runtime::now());
+    // A large state takes a while to write.
+    let written = tokio::task::spawn_blocking(move || backup::write(view.state(), now)).await;
+    let bytes = written.map_err(|_| ApiError::not_ready())?.map_err(|error| match error {
+        BackupError::Empty => ApiError::not_ready(),
+        error => ApiError::invalid("state", error.to_string()),
+    })?;
+    tracing::info!(bytes = bytes.len(), by = %by(&peer), "backup taken");
+    Ok(bytes.into())
+}
+
+async fn restore(
+    State(admin): State<Admin>,
+    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    body: Bytes,
+) -> Answer<Restored> {
+    let read = tokio::task::spawn_blocking(move || backup::read(&body)).await;
+    let read = read.map_err(|_| ApiError::not_ready())?;
+    let (head, state) = read.map_err(|error| ApiError::invalid("body", error.to_string()))?;
+    let bundle = state.global().map(|global| global.federation_bundle.clone());
+    let outcome = admin.proposer.by(actor(&peer)).propose(Command::Restore(Box::new(state))).await?;
+    let global = admin.global(Consistency::Stale).await?;
+    tracing::warn!(of = %head.stamp, stamp = %outcome.stamp, by = %by(&peer), "state restored from a backup");
+    Ok(Json(Restored {
+        stamp: outcome.stamp,
+        of: head.stamp,
+        taken_at: head.taken_at,
+        same_authority: bundle.is_some_and(|bundle| bundle == global.federation_bundle),
+        clusters: global.clusters.len(),
+        services: global.services.len(),
+    }))
+}
+
+async fn nodes(State(admin): State<Admin>, consistency: Consistency) -> Answer<GroupStatus> {
+    admin.wait(consistency).await?;
+    Ok(Json(GroupStatus::of(&admin.node, &admin.group, admin.views.borrow().state())))
+}
+
+async fn node_token(
+    State(admin): State<Admin>,
+    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    Path(name): Path<String>,
+    body: Bytes,
+) -> Answer<TokenResponse> {
+    let node = node_name(&name)?;
+    let ttl = ttl(&body)?;
+    let now = Timestamp(isthmus_runtime::now());
+    let expires_at = now + ttl;
+    let token = Token::mint(TokenSpec {
+        kind: TokenKind::Node,
+        address: admin.advertise.to_string(),
+        ca_pin: admin.authority.root_sha256(),
+        cluster: NO_CLUSTER.parse().map_err(|error: IdError| ApiError::invalid("name", error.to_string()))?,
+        subject: format!("cp/{node}"),
+        expires_at,
+    });
+    let hash = TokenHash(Token::secret_hash(&token.secret));
+    admin
+        .proposer
+        .by(actor(&peer))
+        .propose(Command::MintNodeToken(MintNodeToken { hash, node: node.clone(), expires_at, now }))
+        .await?;
+    tracing::info!(%node, by = %by(&peer), ttl_seconds = ttl.as_secs(), "node token minted");
+    Ok(Json(TokenResponse { token: token.encode(), expires_at }))
+}
+
+async fn remove_node(
+    State(admin): State<Admin>,
+    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    Path(name): Path<String>,
+) -> Answer<Removed> {
+    let node = node_name(&name)?;
+    admin.proposer.by(actor(&peer)).propose(Command::RemoveNode { node: node.clone() }).await?;
+    tracing::warn!(%node, by = %by(&peer), "control plane node removed");
+    Ok(Json(Removed { node }))
 }
 
 impl Admin {
-    fn global(&self) -> Result<Arc<GlobalSnapshot>, ApiError> {
+    async fn wait(&self, consistency: Consistency) -> Result<(), ApiError> {
+        match consistency {
+            Consistency::Linearizable => Ok(self.group.barrier().await?),
+            Consistency::Stale => Ok(()),
+        }
+    }
+
+    /// What agents have told all nodes.
+    async fn heard(&self) -> (BTreeMap<ClusterName, Heard>, Vec<String>) {
+        let view = self.views.borrow().clone();
+        reports::gather(&self.node, &self.status, &self.peers, view.state()).await
+    }
+
+    async fn global(&self, consistency: Consistency) -> Result<Arc<GlobalSnapshot>, ApiError> {
+        self.wait(consistency).await?;
         self.views.borrow().global().cloned().ok_or_else(ApiError::not_ready)
     }
+}
+
+/// From `?consistency=stale`.
+impl<S: Sync> FromRequestParts<S> for Consistency {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
+        let query = parts.uri.query().unwrap_or_default();
+        match query.split('&').find_map(|pair| pair.strip_prefix("consistency=")) {
+            None | Some("linearizable") => Ok(Self::Linearizable),
+            Some("stale") => Ok(Self::Stale),
+            Some(_) => Err(ApiError::invalid("consistency", "use linearizable (the default) or stale")),
+        }
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for EventFilter {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
+        let mut filter = Self { limit: EVENTS, changes: false, who: None, subject: None };
+        for pair in parts.uri.query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty()) {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+            match key {
+                "limit" => {
+                    let limit = value.parse().ok().filter(|limit| (1..=MAX_EVENTS).contains(limit));
+                    let rule = || ApiError::invalid("limit", format!("use 1 to {MAX_EVENTS}"));
+                    filter.limit = limit.ok_or_else(rule)?;
+                }
+                "changes" => filter.changes = true,
+                "who" => filter.who = Some(value.to_owned()),
+                "subject" => filter.subject = Some(value.to_owned()),
+                "consistency" => {}
+                _ => return Err(ApiError::invalid("query", "use limit, changes, who, subject or consistency")),
+            }
+        }
+        Ok(filter)
+    }
+}
+
+fn revision(field: &'static str, text: &str) -> Result<Revision, ApiError> {
+    text.parse().map(Revision).map_err(|_| ApiError::invalid(field, "a revision is a whole number, for example 42"))
+}
+
+fn node_name(text: &str) -> Result<NodeName, ApiError> {
+    text.parse().map_err(|error: IdError| ApiError::invalid("name", error.to_string()))
 }
 
 fn cluster_name(text: &str) -> Result<ClusterName, ApiError> {
@@ -156,5 +434,9 @@ fn ttl(body: &[u8]) -> Result<Duration, ApiError> {
 }
 
 fn by(peer: &PeerInfo) -> String {
-    peer.id.as_ref().map_or_else(|| peer.remote.to_string(), ToString::to_string)
+    actor(peer).who
+}
+
+fn actor(peer: &PeerInfo) -> Actor {
+    Actor { who: peer.id.as_ref().map(ToString::to_string).unwrap_or_default(), from: peer.remote.to_string() }
 }

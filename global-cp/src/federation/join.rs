@@ -22,7 +22,7 @@ use super::{
 use crate::{
     authority::Component,
     raft::ProposeError,
-    state::{Command, Join, KeyHash, TokenHash},
+    state::{Actor, Command, Join, KeyHash, TokenHash},
 };
 
 impl Shared {
@@ -43,7 +43,8 @@ impl Shared {
         }
         // Before the token is used up: a bad request must not cost it.
         let chain = self.authority.sign(&request.csr, &cluster, Component::Agent).map_err(|e| status_of_signing(&e))?;
-        match self.proposer.propose(Command::Join(join)).await {
+        let by = Actor { who: "join token".to_owned(), from: remote.map(|at| at.to_string()).unwrap_or_default() };
+        match self.proposer.by(by).propose(Command::Join(join)).await {
             Ok(outcome) => {
                 self.metrics.join("joined");
                 self.metrics.certificate(Component::Agent.name());

@@ -4,6 +4,7 @@
 //! certificate, never by what a message says. Nothing from an unauthenticated caller reaches the log before its token
 //! was checked. What is wrong is told in words that say what to do.
 
+mod encoded;
 mod join;
 mod refusal;
 mod session;
@@ -30,12 +31,14 @@ use tokio::{
 };
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use self::refusal::status_of;
+use self::encoded::Encoded;
+pub(crate) use self::refusal::{status_of, status_of_proposal};
 use crate::{
-    authority::{Authority, agent_of},
+    authority::{Authority, agent_of, node_of},
     metrics::Metrics,
-    raft::Proposer,
-    state::{View, require_active},
+    nodes::Nodes,
+    raft::{Group, Proposer},
+    state::{Actor, View, require_active},
     status::StatusStore,
 };
 
@@ -65,32 +68,36 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     pub(crate) shutdown: Shutdown,
     pub(crate) joins: Semaphore,
+    pub(crate) group: Group,
+    encoded: Encoded,
 }
 
 impl FederationService {
     pub(crate) fn new(
         authority: Authority,
-        group: &crate::raft::Group,
+        (proposer, group): (Proposer, Group),
         status: StatusStore,
         metrics: Metrics,
         shutdown: Shutdown,
     ) -> Self {
-        let (proposer, views) = (group.proposer(), group.views());
-        let joins = Semaphore::new(MAX_JOINS);
-        Self { shared: Arc::new(Shared { authority, proposer, views, status, metrics, shutdown, joins }) }
+        let (joins, views, encoded) = (Semaphore::new(MAX_JOINS), group.views(), Encoded::default());
+        let shared = Shared { authority, proposer, views, status, metrics, shutdown, joins, group, encoded };
+        Self { shared: Arc::new(shared) }
     }
 
-    /// Serves on `listener` until shutdown.
+    /// Serves on `listener` until shutdown, and other nodes beside the agents.
     pub(crate) fn serve(
         self,
+        nodes: Nodes,
         listener: TcpListener,
         tasks: &Tasks,
         registry: &mut isthmus_runtime::health::Registry,
     ) -> Result<(), TlsError> {
         let authority = &self.shared.authority;
         let federation = authority.federation().clone();
-        let agents: PeerPolicy = Arc::new(move |id: &SpiffeId| agent_of(id, &federation).is_some());
-        let tls = server_config(authority.source(), authority.trust(), ClientAuth::Optional(agents), &[b"h2"])?;
+        let callers: PeerPolicy =
+            Arc::new(move |id: &SpiffeId| agent_of(id, &federation).is_some() || node_of(id, &federation).is_some());
+        let tls = server_config(authority.source(), authority.trust(), ClientAuth::Optional(callers), &[b"h2"])?;
         let incoming = TlsIncoming::new(listener, Arc::new(tls));
         incoming.handshakes().register(registry, "federation");
         let shutdown = self.shared.shutdown.clone();
@@ -102,6 +109,7 @@ impl FederationService {
                 .max_concurrent_streams(MAX_CALLS)
                 .timeout(CALL_DEADLINE)
                 .add_service(service)
+                .add_service(nodes.server())
                 .serve_with_incoming_shutdown(incoming, async move { shutdown.requested().await })
                 .await?;
             Ok(())
@@ -149,6 +157,11 @@ impl Federation for FederationService {
         request: Request<Streaming<AgentMessage>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
         let cluster = self.shared.caller(&request)?;
-        Ok(Response::new(session::open(self.shared.clone(), cluster, request.into_inner())))
+        let by = request.extensions().get::<PeerInfo>().map(|peer| Actor {
+            who: peer.id.as_ref().map(ToString::to_string).unwrap_or_default(),
+            from: peer.remote.to_string(),
+        });
+        let caller = session::Caller { cluster, by: by.unwrap_or_default() };
+        Ok(Response::new(session::open(self.shared.clone(), caller, request.into_inner())))
     }
 }

@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Of a rule's refusal.
-pub(super) fn status_of(rejection: &Rejection) -> Status {
+pub(crate) fn status_of(rejection: &Rejection) -> Status {
     let code = match rejection.kind() {
         RejectionKind::Invalid => Code::InvalidArgument,
         RejectionKind::Denied => Code::PermissionDenied,
@@ -23,12 +23,13 @@ pub(super) fn status_of(rejection: &Rejection) -> Status {
 }
 
 /// Of a command that was not accepted.
-pub(super) fn status_of_proposal(error: &ProposeError) -> Status {
+pub(crate) fn status_of_proposal(error: &ProposeError) -> Status {
     match error {
         ProposeError::Rejected(rejection) => status_of(rejection),
-        ProposeError::NotLeader | ProposeError::Stopped(_) | ProposeError::NoAnswer => {
-            Status::unavailable(error.to_string())
-        }
+        ProposeError::NoLeader { .. }
+        | ProposeError::Refused { .. }
+        | ProposeError::Stopped(_)
+        | ProposeError::NoAnswer => Status::unavailable(error.to_string()),
         ProposeError::Deadline => Status::deadline_exceeded(error.to_string()),
     }
 }

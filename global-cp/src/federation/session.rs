@@ -14,7 +14,7 @@ use futures_util::{
 use isthmus_api::{
     convert::{self, ConvertError, Problem},
     proto::federation::v1::{
-        AgentMessage, ControlMessage, Hello, Publish, Published, Refused, agent_message, control_message,
+        AgentMessage, ControlMessage, Hello, Nodes, Publish, Published, Refused, agent_message, control_message,
     },
 };
 use isthmus_model::{
@@ -33,7 +33,7 @@ use super::{
 use crate::{
     metrics::SessionCount,
     raft::ProposeError,
-    state::{Command, Content, Digest, Held, Publish as PublishCommand, Update, View, require_active},
+    state::{Actor, Command, Content, Digest, Held, Publish as PublishCommand, Update, View, require_active},
     status::SessionGuard,
 };
 
@@ -45,16 +45,23 @@ const NEW_EPOCH: &str = "start it once with `isthmus-global-cp --config FILE --n
 
 type Answer = Result<ControlMessage, Status>;
 
-/// The stream of a session for `cluster`, as its certificate says.
+/// Whose session it is, as its certificate says.
+#[derive(Clone, Debug)]
+pub(super) struct Caller {
+    pub(super) cluster: ClusterName,
+    pub(super) by: Actor,
+}
+
+/// The stream of a session for `caller`.
 pub(super) fn open(
     shared: Arc<Shared>,
-    cluster: ClusterName,
+    caller: Caller,
     inbound: Streaming<AgentMessage>,
 ) -> BoxStream<'static, Answer> {
-    let start = Step::Hello { shared, cluster, inbound: Box::new(inbound) };
+    let start = Step::Hello { shared, caller, inbound: Box::new(inbound) };
     stream::unfold(start, |step| async {
         let session = match step {
-            Step::Hello { shared, cluster, inbound } => Session::begin(shared, cluster, inbound).await.map(Box::new),
+            Step::Hello { shared, caller, inbound } => Session::begin(shared, caller, inbound).await.map(Box::new),
             Step::Open(session) => Ok(session),
             Step::Over => return None,
         };
@@ -75,7 +82,7 @@ pub(super) fn open(
 }
 
 enum Step {
-    Hello { shared: Arc<Shared>, cluster: ClusterName, inbound: Box<Streaming<AgentMessage>> },
+    Hello { shared: Arc<Shared>, caller: Caller, inbound: Box<Streaming<AgentMessage>> },
     Open(Box<Session>),
     Over,
 }
@@ -83,11 +90,14 @@ enum Step {
 struct Session {
     shared: Arc<Shared>,
     cluster: ClusterName,
+    by: Actor,
     inbound: Box<Streaming<AgentMessage>>,
     views: watch::Receiver<View>,
     shutdown: Shutdown,
     /// What the agent holds once it has received all that was sent.
     held: Option<Held>,
+    /// Where the agent knows that nodes are.
+    nodes: Vec<String>,
     /// Of the last publication; they grow.
     sequence: u64,
     /// The publication under way.
@@ -100,7 +110,7 @@ impl Session {
     /// Waits for the hello and checks it.
     async fn begin(
         shared: Arc<Shared>,
-        cluster: ClusterName,
+        Caller { cluster, by }: Caller,
         mut inbound: Box<Streaming<AgentMessage>>,
     ) -> Result<Self, Status> {
         let shutdown = shared.shutdown.clone();
@@ -114,6 +124,7 @@ impl Session {
             _ => return Err(Status::invalid_argument("the first message of a session must be a hello")),
         };
         let held = check_hello(&hello, &cluster)?;
+        shared.catch_up(held.map(|held| held.stamp)).await;
         let guard = shared
             .status
             .connect(&cluster, Timestamp(isthmus_runtime::now()))
@@ -125,9 +136,11 @@ impl Session {
             _count: shared.metrics.session(),
             shared,
             cluster,
+            by,
             inbound,
             shutdown,
             held,
+            nodes: Vec::new(),
             sequence: 0,
             publishing: None,
             guard,
@@ -139,6 +152,9 @@ impl Session {
         loop {
             if let Some(update) = self.update()? {
                 return Ok(Some(update));
+            }
+            if let Some(nodes) = self.moved() {
+                return Ok(Some(nodes));
             }
             let idle = self.publishing.is_none();
             let publishing = async {
@@ -179,8 +195,10 @@ impl Session {
         let update = view.since(self.held);
         let (stamp, kind) = match update {
             Update::UpToDate | Update::NotFounded => return Ok(None),
-            Update::Snapshot(snapshot) => (snapshot.stamp, control_message::Kind::Snapshot((&*snapshot).into())),
-            Update::Delta(delta) => (delta.to, control_message::Kind::Delta((&*delta).into())),
+            Update::Snapshot(snapshot) => {
+                (snapshot.stamp, control_message::Kind::Snapshot(self.shared.encoded.snapshot(&snapshot)))
+            }
+            Update::Delta(delta) => (delta.to, control_message::Kind::Delta(self.shared.encoded.delta(&delta))),
             Update::Ahead { here } => {
                 let held = self.held.map(|held| held.stamp).unwrap_or_default();
                 tracing::error!(cluster = %self.cluster, %held, %here, "an agent holds a later state than this node");
@@ -205,6 +223,17 @@ impl Session {
         Ok(Some(ControlMessage { kind: Some(kind) }))
     }
 
+    /// Where the control plane's nodes are, if the agent does not know it.
+    fn moved(&mut self) -> Option<ControlMessage> {
+        let addresses: Vec<String> =
+            self.views.borrow().state().nodes().values().map(|node| node.address.clone()).collect();
+        if addresses == self.nodes {
+            return None;
+        }
+        self.nodes.clone_from(&addresses);
+        Some(ControlMessage { kind: Some(control_message::Kind::Nodes(Nodes { addresses })) })
+    }
+
     fn receive(&mut self, message: AgentMessage) -> Result<(), Status> {
         self.guard.seen(Timestamp(isthmus_runtime::now()));
         match message.kind {
@@ -216,7 +245,8 @@ impl Session {
                     )));
                 }
                 self.sequence = publish.sequence;
-                self.publishing = Some(self.shared.clone().publish(self.cluster.clone(), publish).boxed());
+                self.publishing =
+                    Some(self.shared.clone().publish(self.cluster.clone(), self.by.clone(), publish).boxed());
                 Ok(())
             }
             Some(agent_message::Kind::Status(status)) => {
@@ -249,7 +279,7 @@ impl Drop for Session {
 
 impl Shared {
     /// Commits what a cluster says of itself. An error ends the session; a refusal does not.
-    async fn publish(self: Arc<Self>, cluster: ClusterName, publish: Publish) -> Answer {
+    async fn publish(self: Arc<Self>, cluster: ClusterName, by: Actor, publish: Publish) -> Answer {
         let sequence = publish.sequence;
         let refused = |code, reason: String| {
             self.metrics.publication(code);
@@ -271,7 +301,7 @@ impl Shared {
                 None => {
                     let now = Timestamp(isthmus_runtime::now());
                     let command = PublishCommand { cluster: cluster.clone(), publication, now };
-                    match self.proposer.propose(Command::Publish(command)).await {
+                    match self.proposer.by(by).propose(Command::Publish(command)).await {
                         Ok(outcome) => {
                             tracing::info!(%cluster, sequence, stamp = %outcome.stamp, "publication committed");
                             published("committed", outcome.stamp)
@@ -293,6 +323,16 @@ impl Shared {
     fn unchanged(&self, cluster: &ClusterName, publication: &Publication) -> Option<Stamp> {
         let view = self.views.borrow();
         view.state().already_published(cluster, publication).then(|| view.state().stamp())
+    }
+}
+
+impl Shared {
+    /// An agent that comes from another node may hold more than this one has applied yet.
+    async fn catch_up(&self, held: Option<Stamp>) {
+        let ahead = held.is_some_and(|held| held > self.views.borrow().state().stamp());
+        if ahead && let Err(error) = self.group.barrier().await {
+            tracing::warn!(%error, "an agent holds a later state than this node, which cannot catch up now");
+        }
     }
 }
 

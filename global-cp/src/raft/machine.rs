@@ -10,20 +10,20 @@ use openraft::{
 use tokio::sync::watch;
 
 use super::{
-    TypeConfig,
+    Peer, TypeConfig,
     log::any,
-    store::{SNAPSHOT, SNAPSHOT_META, Store, encode, put},
+    store::{PURGED, SNAPSHOT, Store, encode},
 };
-use crate::state::{Response, State, View};
+use crate::state::{Answers, State, View};
 
-type Meta = SnapshotMeta<u64, openraft::BasicNode>;
+type Meta = SnapshotMeta<u64, Peer>;
 
 /// The applied state, with its place in the log.
 pub(super) struct Machine {
     store: Store,
     state: Arc<State>,
     applied: Option<LogId<u64>>,
-    membership: StoredMembership<u64, openraft::BasicNode>,
+    membership: StoredMembership<u64, Peer>,
     views: watch::Sender<View>,
 }
 
@@ -37,11 +37,11 @@ pub(super) struct Builder {
 impl Machine {
     /// From the stored snapshot, or empty.
     pub(super) async fn load(store: Store) -> Result<Self, StorageError<u64>> {
-        let read = |store: &Store| {
-            let Some(meta) = store.get::<Meta>(SNAPSHOT_META)? else { return Ok((Meta::default(), State::default())) };
-            // Written together, so one without the other is damage; an empty state would forget every revocation.
-            let state = store.get::<State>(SNAPSHOT)?.ok_or_else(|| store.missing(SNAPSHOT))?;
-            Ok((meta, state))
+        let read = |store: &Store| match store.snapshot::<Meta>()? {
+            Some((meta, bytes)) => Ok((meta, store.decode(SNAPSHOT, &bytes)?)),
+            // The log's beginning went into it; an empty state would forget every revocation.
+            None if store.get::<LogId<u64>>(PURGED)?.is_some() => Err(store.missing(SNAPSHOT)),
+            None => Ok((Meta::default(), State::default())),
         };
         let (meta, state) = store.run(read).await.map_err(|error| StorageIOError::read_state_machine(any(&error)))?;
         let state = Arc::new(state);
@@ -58,13 +58,11 @@ impl Machine {
 impl RaftStateMachine<TypeConfig> for Machine {
     type SnapshotBuilder = Builder;
 
-    async fn applied_state(
-        &mut self,
-    ) -> Result<(Option<LogId<u64>>, StoredMembership<u64, openraft::BasicNode>), StorageError<u64>> {
+    async fn applied_state(&mut self) -> Result<(Option<LogId<u64>>, StoredMembership<u64, Peer>), StorageError<u64>> {
         Ok((self.applied, self.membership.clone()))
     }
 
-    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Response>, StorageError<u64>>
+    async fn apply<I>(&mut self, entries: I) -> Result<Vec<Answers>, StorageError<u64>>
     where
         I: IntoIterator<Item = Entry<TypeConfig>> + OptionalSend,
         I::IntoIter: OptionalSend,
@@ -74,15 +72,15 @@ impl RaftStateMachine<TypeConfig> for Machine {
         for entry in entries {
             self.applied = Some(entry.log_id);
             responses.push(match entry.payload {
-                EntryPayload::Blank => Response::NoCommand,
+                EntryPayload::Blank => Answers::default(),
                 EntryPayload::Membership(membership) => {
                     self.membership = StoredMembership::new(Some(entry.log_id), membership);
-                    Response::NoCommand
+                    Answers::default()
                 }
-                EntryPayload::Normal(command) => {
-                    let (response, change) = Arc::make_mut(&mut self.state).apply(&command);
-                    changes.extend(change);
-                    response
+                EntryPayload::Normal(batch) => {
+                    let (answers, seen) = Arc::make_mut(&mut self.state).apply_batch(&batch);
+                    changes.extend(seen);
+                    answers
                 }
             });
         }
@@ -106,8 +104,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let bytes = snapshot.into_inner();
         let record = meta.clone();
         let install = move |store: &Store| {
-            let state: State = store.decode("received snapshot", &bytes)?;
-            save(store, &record, &bytes)?;
+            let state: State = store.decode("the received snapshot", &bytes)?;
+            store.set_snapshot(&record, &bytes)?;
             Ok(state)
         };
         let state = self
@@ -123,7 +121,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot<TypeConfig>>, StorageError<u64>> {
-        let read = |store: &Store| Ok(store.get::<Meta>(SNAPSHOT_META)?.zip(store.get_bytes(SNAPSHOT)?));
+        let read = |store: &Store| store.snapshot::<Meta>();
         let stored = self.store.run(read).await.map_err(|error| StorageIOError::read_snapshot(None, any(&error)))?;
         Ok(stored.map(|(meta, bytes)| Snapshot { meta, snapshot: Box::new(Cursor::new(bytes)) }))
     }
@@ -134,7 +132,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
         let (state, record) = (self.state.clone(), self.meta.clone());
         let write = move |store: &Store| {
             let bytes = encode(&*state);
-            save(store, &record, &bytes)?;
+            store.set_snapshot(&record, &bytes)?;
             Ok(bytes)
         };
         let bytes = self
@@ -144,13 +142,4 @@ impl RaftSnapshotBuilder<TypeConfig> for Builder {
             .map_err(|error| StorageIOError::write_snapshot(Some(self.meta.signature()), any(&error)))?;
         Ok(Snapshot { meta: self.meta.clone(), snapshot: Box::new(Cursor::new(bytes)) })
     }
-}
-
-/// Snapshot and description together, or neither.
-fn save(store: &Store, meta: &Meta, bytes: &[u8]) -> Result<(), super::StoreError> {
-    let meta = encode(meta);
-    store.write(|transaction| {
-        put(transaction, SNAPSHOT_META, &meta)?;
-        put(transaction, SNAPSHOT, bytes)
-    })
 }

@@ -1,72 +1,212 @@
-//! The network of a group that has one voter: there is nobody to talk to. If the engine ever asks to send, that is an
-//! error that says so, never a silent success.
+//! The way to the other nodes: one channel to each, made when it is first needed and again after a loss, in mutual TLS.
+//!
+//! In: the engine's requests, proposals for the leader, reads that must see all. Out: the peer's answers. A channel serves
+//! one node only: whoever answers at its address must show that node's certificate.
 
+use std::{
+    collections::BTreeMap,
+    fmt::Debug,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use isthmus_api::proto::peers::v1::{
+    ProposalAnswers, Proposals, RaftMessage, ReadIndexRequest, peers_client::PeersClient,
+};
+use isthmus_identity::{
+    bundle::TrustStore,
+    grpc::connect_lazy,
+    tls::{IdentitySource, PeerPolicy, TlsError, client_config},
+};
+use isthmus_model::ids::{IdError, SpiffeId, TrustDomain};
 use openraft::{
-    BasicNode, RaftNetwork, RaftNetworkFactory,
-    error::{InstallSnapshotError, NetworkError, RPCError, RaftError},
-    network::RPCOption,
+    RaftNetwork, RaftNetworkFactory,
+    error::{
+        Infallible, InstallSnapshotError, NetworkError, PayloadTooLarge, RPCError, RaftError, RemoteError, Unreachable,
+    },
+    network::{Backoff, RPCOption},
     raft::{
         AppendEntriesRequest, AppendEntriesResponse, InstallSnapshotRequest, InstallSnapshotResponse, VoteRequest,
         VoteResponse,
     },
 };
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tonic::{Code, Response, Status, transport::Channel};
 
 use super::TypeConfig;
+use crate::state::{Answers, Batch};
 
-/// Makes clients that refuse to send.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct NoPeers;
+/// Of a message's body: JSON.
+pub(crate) const FORMAT: u32 = 1;
+/// Entries of this length together go in one request, and a single longer one.
+const MAX_ENTRIES: usize = 8 << 20;
+/// What one node takes from another one.
+pub(crate) const MAX_PEER_MESSAGE: usize = 512 << 20;
+/// To a node that does not answer.
+const RETRY: Duration = Duration::from_millis(100);
 
-/// A client towards `target`, which does not exist.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct NoPeer {
-    target: u64,
+/// Where a node is dialled, and who must answer there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its name, the last segment of its SPIFFE ID.
+    pub name: String,
+    /// "host:port".
+    pub address: String,
 }
 
-/// The answer to any attempt.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("this control plane has one node; there is no node {target} to send {what} to")]
-struct NotSent {
-    target: u64,
-    what: &'static str,
+/// Channels to the other nodes. Clones share them.
+#[derive(Clone)]
+pub struct Peers(Arc<Inner>);
+
+struct Inner {
+    source: IdentitySource,
+    trust: TrustStore,
+    federation: TrustDomain,
+    made: Mutex<BTreeMap<Peer, PeersClient<Channel>>>,
 }
 
-type Failure<E = openraft::error::Infallible> = RPCError<u64, BasicNode, RaftError<u64, E>>;
+/// The engine's way to one node.
+pub struct Connection {
+    target: u64,
+    client: Result<PeersClient<Channel>, NoChannel>,
+}
 
-impl NoPeer {
-    fn refuse<E: std::error::Error>(self, what: &'static str) -> Failure<E> {
-        let error = NotSent { target: self.target, what };
-        tracing::error!(%error, "the consensus engine asked to send");
-        RPCError::Network(NetworkError::new(&error))
+/// Why there is no channel to a node.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum NoChannel {
+    /// TLS.
+    #[error("prepare TLS towards another node")]
+    Tls(#[source] Arc<TlsError>),
+    /// A name that is none.
+    #[error("name another node")]
+    Name(#[from] IdError),
+}
+
+/// What a peer made of a request that it did not serve, or that never reached it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PeerError {
+    /// It may serve it later, or another node now.
+    #[error("{0}")]
+    TryAgain(String),
+    /// It will not.
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl Peers {
+    /// For a node that shows `source`'s certificate and trusts `trust`.
+    pub fn new(source: IdentitySource, trust: TrustStore, federation: TrustDomain) -> Self {
+        Self(Arc::new(Inner { source, trust, federation, made: Mutex::default() }))
+    }
+
+    pub(crate) fn client(&self, peer: &Peer) -> Result<PeersClient<Channel>, NoChannel> {
+        let mut made = self.0.made.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = made.get(peer) {
+            return Ok(client.clone());
+        }
+        let wanted = SpiffeId::new(&self.0.federation, &["cp", &peer.name])?;
+        let policy: PeerPolicy = Arc::new(move |id| *id == wanted);
+        let tls = client_config(Some(&self.0.source), &self.0.trust, policy, &[b"h2"])
+            .map_err(|error| NoChannel::Tls(Arc::new(error)))?;
+        let client = PeersClient::new(connect_lazy(&peer.address, Arc::new(tls)))
+            .max_decoding_message_size(MAX_PEER_MESSAGE)
+            .max_encoding_message_size(MAX_PEER_MESSAGE);
+        made.insert(peer.clone(), client.clone());
+        Ok(client)
+    }
+
+    /// Has `peer` commit `batch`, or `hand_on` to who leads: the answers, and the log's index that they took effect at.
+    pub(super) async fn propose(&self, peer: &Peer, batch: &Batch, hand_on: bool) -> Result<(Answers, u64), PeerError> {
+        let mut client = self.client(peer).map_err(|error| PeerError::Refused(error.to_string()))?;
+        let answer: ProposalAnswers =
+            client.propose(Proposals { proposals: json(batch), hand_on }).await.map_err(peer_error)?.into_inner();
+        let answers = serde_json::from_slice(&answer.answers)
+            .map_err(|error| PeerError::Refused(format!("the leader's answer is not readable: {error}")))?;
+        Ok((answers, answer.log_index))
+    }
+
+    /// The index that must be applied here for a read that sees all that was acknowledged before.
+    pub(super) async fn read_index(&self, leader: &Peer) -> Result<u64, PeerError> {
+        let mut client = self.client(leader).map_err(|error| PeerError::Refused(error.to_string()))?;
+        Ok(client.read_index(ReadIndexRequest {}).await.map_err(peer_error)?.into_inner().log_index)
     }
 }
 
-impl RaftNetworkFactory<TypeConfig> for NoPeers {
-    type Network = NoPeer;
-
-    async fn new_client(&mut self, target: u64, _node: &BasicNode) -> NoPeer {
-        NoPeer { target }
+fn peer_error(status: Status) -> PeerError {
+    let words = isthmus_identity::grpc::words(&status);
+    match status.code() {
+        Code::Unavailable | Code::Unknown | Code::Cancelled | Code::DeadlineExceeded => PeerError::TryAgain(words),
+        _ => PeerError::Refused(words),
     }
 }
 
-impl RaftNetwork<TypeConfig> for NoPeer {
+pub(super) fn json<T: Serialize>(value: &T) -> Vec<u8> {
+    #[expect(clippy::expect_used, reason = "our types have string keys and no failing serializer")]
+    serde_json::to_vec(value).expect("serialize to memory")
+}
+
+type Failure<E = Infallible> = RPCError<u64, Peer, RaftError<u64, E>>;
+
+#[expect(clippy::result_large_err, reason = "openraft's type")]
+impl Connection {
+    fn begin<E: std::error::Error>(&self, body: Vec<u8>) -> Result<(PeersClient<Channel>, RaftMessage), Failure<E>> {
+        let client = self.client.clone().map_err(|error| RPCError::Unreachable(Unreachable::new(&error)))?;
+        Ok((client, RaftMessage { format: FORMAT, target: self.target, body }))
+    }
+
+    fn end<A, E>(&self, answer: Result<Response<RaftMessage>, Status>) -> Result<A, Failure<E>>
+    where
+        A: DeserializeOwned,
+        E: std::error::Error + DeserializeOwned,
+    {
+        let answer = answer.map_err(|status| match peer_error(status) {
+            error @ PeerError::TryAgain(_) => RPCError::Unreachable(Unreachable::new(&error)),
+            error @ PeerError::Refused(_) => RPCError::Network(NetworkError::new(&error)),
+        })?;
+        let answer: Result<A, RaftError<u64, E>> = serde_json::from_slice(&answer.into_inner().body)
+            .map_err(|error| RPCError::Network(NetworkError::new(&error)))?;
+        answer.map_err(|error| RPCError::RemoteError(RemoteError::new(self.target, error)))
+    }
+}
+
+impl RaftNetworkFactory<TypeConfig> for Peers {
+    type Network = Connection;
+
+    async fn new_client(&mut self, target: u64, node: &Peer) -> Connection {
+        Connection { target, client: self.client(node) }
+    }
+}
+
+impl RaftNetwork<TypeConfig> for Connection {
     async fn append_entries(
         &mut self,
-        _request: AppendEntriesRequest<TypeConfig>,
+        request: AppendEntriesRequest<TypeConfig>,
         _option: RPCOption,
     ) -> Result<AppendEntriesResponse<u64>, Failure> {
-        Err(self.refuse("log entries"))
+        let body = json(&request);
+        if body.len() > MAX_ENTRIES && request.entries.len() > 1 {
+            let fewer = u64::try_from(request.entries.len() / 2).unwrap_or(1);
+            return Err(RPCError::PayloadTooLarge(PayloadTooLarge::new_entries_hint(fewer.max(1))));
+        }
+        let (mut client, message) = self.begin(body)?;
+        self.end(client.append_entries(message).await)
     }
 
     async fn install_snapshot(
         &mut self,
-        _request: InstallSnapshotRequest<TypeConfig>,
+        request: InstallSnapshotRequest<TypeConfig>,
         _option: RPCOption,
     ) -> Result<InstallSnapshotResponse<u64>, Failure<InstallSnapshotError>> {
-        Err(self.refuse("a snapshot"))
+        let (mut client, message) = self.begin(json(&request))?;
+        self.end(client.install_snapshot(message).await)
     }
 
-    async fn vote(&mut self, _request: VoteRequest<u64>, _option: RPCOption) -> Result<VoteResponse<u64>, Failure> {
-        Err(self.refuse("a vote request"))
+    async fn vote(&mut self, request: VoteRequest<u64>, _option: RPCOption) -> Result<VoteResponse<u64>, Failure> {
+        let (mut client, message) = self.begin(json(&request))?;
+        self.end(client.vote(message).await)
+    }
+
+    fn backoff(&self) -> Backoff {
+        Backoff::new(std::iter::repeat(RETRY))
     }
 }

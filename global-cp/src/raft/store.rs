@@ -1,44 +1,47 @@
-//! The durable store: one redb file that holds the log, the vote, the committed position and the snapshot.
+//! The durable store of one node: its log (the [`Journal`]), and vote, purged position and snapshot as files of their own.
 //!
-//! Every write is one transaction, flushed to disk before it returns. Every record starts with a format byte. A store of
-//! a later format, or one that another process has open, is refused. Calls block; [`Store::run`] moves them off the
-//! async threads.
+//! Every write is flushed to disk before it returns. A file that is not the log is replaced whole, so that a crash leaves
+//! the old one or the new one; each begins with a format byte and a checksum. A store of a later format, or one that
+//! another process has open, is refused. Calls block; [`Store::run`] moves them off the async threads.
 
 use std::{
-    fs, io,
+    fs::{self, File, TryLockError},
+    io::{self, Write as _},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use redb::{Database, DatabaseError, Durability, ReadTransaction, ReadableDatabase, TableDefinition, WriteTransaction};
+use openraft::LogId;
 use serde::{Serialize, de::DeserializeOwned};
 
-/// Log entries by index.
-pub(super) const LOG: TableDefinition<'static, u64, &'static [u8]> = TableDefinition::new("log");
-/// Single records, by the keys below.
-pub(super) const META: TableDefinition<'static, &'static str, &'static [u8]> = TableDefinition::new("meta");
+use super::journal::{Journal, JournalError, sync_folder};
 
+/// The single records.
 pub(super) const VOTE: &str = "vote";
-pub(super) const COMMITTED: &str = "committed";
 pub(super) const PURGED: &str = "purged";
-pub(super) const SNAPSHOT_META: &str = "snapshot-meta";
+/// What the snapshot is of, and the state.
 pub(super) const SNAPSHOT: &str = "snapshot";
+/// Which node this is.
+const OWN: &str = "own";
 /// Written at each start, to prove that the store can be written.
 const OPENED: &str = "opened";
 
-/// First byte of every record: JSON in the shapes of this version follows.
+/// First byte of every file but the log's, and of every entry: JSON in the shapes of this version follows.
 const FORMAT: u8 = 1;
-
-/// What redb may keep of the file in memory.
-const CACHE_BYTES: usize = 32 << 20;
+/// The format byte, and the CRC-32C of what follows.
+const HEADER: usize = 5;
 
 /// A handle to the open store. Cheap to clone.
 #[derive(Clone, Debug)]
-pub struct Store {
-    database: Arc<Database>,
-    /// For messages.
-    at: Arc<Path>,
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    folder: PathBuf,
+    journal: Mutex<Journal>,
+    /// Locked while this lives.
+    _lock: File,
 }
 
 /// What went wrong with the store, and where.
@@ -52,15 +55,17 @@ pub enum StoreError {
         /// Why.
         source: io::Error,
     },
-    /// The file cannot be opened.
-    #[error("open the store {}; {hint}", .file.display())]
-    Open {
+    /// Another process has it open.
+    #[error("the store {} is in use: another process uses it: stop that one first", .folder.display())]
+    InUse {
+        /// Which.
+        folder: PathBuf,
+    },
+    /// It was written before the format was settled.
+    #[error("{} was written by a version before 0.1: remove the state folder and let the clusters join anew", .file.display())]
+    Earlier {
         /// Which.
         file: PathBuf,
-        /// What to do.
-        hint: &'static str,
-        /// Why.
-        source: DatabaseError,
     },
     /// The first write failed.
     #[error(
@@ -71,35 +76,40 @@ pub enum StoreError {
         /// Which.
         folder: PathBuf,
         /// Why.
-        source: redb::Error,
+        source: Box<StoreError>,
     },
     /// A later operation failed.
-    #[error("use the store {}", .file.display())]
+    #[error("{what} {}; free space on the disk, or make the folder writable", .file.display())]
     Io {
+        /// What was tried.
+        what: &'static str,
         /// Which.
         file: PathBuf,
         /// Why.
-        source: redb::Error,
+        source: io::Error,
     },
+    /// The log.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
     /// A record is of a format that this version does not know.
-    #[error("record {record} in the store {} has format {format}, but this version reads {FORMAT}", .file.display())]
+    #[error("{record} in the store {} has format {format}, but this version reads {FORMAT}", .folder.display())]
     Format {
         /// Where.
-        file: PathBuf,
+        folder: PathBuf,
         /// Which record.
         record: String,
         /// What it says of itself; 0 if it is empty.
         format: u8,
     },
-    /// A record does not parse.
-    #[error("record {record} in the store {} is damaged; restore the state folder from backup", .file.display())]
+    /// A record is not what was written.
+    #[error("{record} in the store {} is damaged ({why}); restore the state folder from a backup, or replace the node", .folder.display())]
     Damaged {
         /// Where.
-        file: PathBuf,
+        folder: PathBuf,
         /// Which record.
         record: String,
-        /// Why.
-        source: serde_json::Error,
+        /// How that shows.
+        why: String,
     },
     /// The blocking thread ended early.
     #[error("the store's thread ended before it answered")]
@@ -107,52 +117,23 @@ pub enum StoreError {
 }
 
 impl Store {
-    /// Opens (or creates) the store in `folder`, and proves that it can be written.
-    pub fn open(folder: &Path) -> Result<Self, StoreError> {
-        let raft = folder.join("raft");
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&raft)
-            .map_err(|source| StoreError::Folder { folder: folder.to_owned(), source })?;
-        let file = raft.join("log.redb");
-        let database = Database::builder().set_cache_size(CACHE_BYTES).create(&file).map_err(|source| {
-            let hint = match &source {
-                DatabaseError::DatabaseAlreadyOpen => "another process uses it: stop that one first",
-                DatabaseError::UpgradeRequired(_) => "it was written by another version",
-                _ => "free space on the disk, or make the folder writable",
-            };
-            StoreError::Open { file: file.clone(), hint, source }
-        })?;
-        Self::prove(database, folder, &file)
-    }
-
-    /// Opens a store on any backend, for tests of its faults.
-    #[cfg(test)]
-    pub(super) fn on_backend(backend: impl redb::StorageBackend) -> Result<Self, StoreError> {
-        let at = Path::new("memory");
-        let database = Database::builder().create_with_backend(backend).map_err(|source| StoreError::Open {
-            file: at.to_owned(),
-            hint: "test",
-            source,
-        })?;
-        Self::prove(database, at, at)
-    }
-
-    /// Creates the tables and flushes, so that an unwritable or full disk is found before anything is acknowledged.
-    fn prove(database: Database, folder: &Path, file: &Path) -> Result<Self, StoreError> {
-        let store = Self { database: Arc::new(database), at: file.into() };
-        let count: u64 = store.get(OPENED)?.unwrap_or(0);
-        store
-            .write(|transaction| {
-                transaction.open_table(LOG)?;
-                put(transaction, OPENED, &encode(&(count + 1)))
-            })
-            .map_err(|error| match error {
-                StoreError::Io { source, .. } => StoreError::Unwritable { folder: folder.to_owned(), source },
-                other => other,
-            })?;
-        Ok(store)
+    /// Opens (or creates) the store in the folder `state`, and proves that it can be written. The log's files are of
+    /// `segment_bytes`.
+    pub fn open(state: &Path, segment_bytes: u64) -> Result<Self, StoreError> {
+        let folder = state.join("raft");
+        let cannot = |source| StoreError::Folder { folder: state.to_owned(), source };
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder).map_err(cannot)?;
+        let earlier = folder.join("log.redb");
+        if earlier.exists() {
+            return Err(StoreError::Earlier { file: earlier });
+        }
+        let unwritable = |source| StoreError::Unwritable { folder: state.to_owned(), source: Box::new(source) };
+        let lock = lock(&folder)?;
+        prove(&folder).map_err(unwritable)?;
+        let purged: Option<LogId<u64>> = get(&folder, PURGED)?;
+        let first = purged.map_or(0, |purged| purged.index + 1);
+        let journal = Journal::open(&folder.join("log"), first, segment_bytes)?;
+        Ok(Self(Arc::new(Inner { folder, journal: Mutex::new(journal), _lock: lock })))
     }
 
     /// Runs `work` where it may block.
@@ -164,95 +145,150 @@ impl Store {
         tokio::task::spawn_blocking(move || work(&store)).await.map_err(|_| StoreError::Thread)?
     }
 
-    /// One transaction, on disk when this returns `Ok`; without effect otherwise.
-    pub(super) fn write(
-        &self,
-        work: impl FnOnce(&WriteTransaction) -> Result<(), redb::Error>,
-    ) -> Result<(), StoreError> {
-        let attempt = || {
-            let mut transaction = self.database.begin_write()?;
-            transaction.set_durability(Durability::Immediate)?;
-            work(&transaction)?;
-            transaction.commit()?;
-            Ok(())
-        };
-        attempt().map_err(|source| self.io(source))
+    /// The log.
+    pub(super) fn journal(&self) -> MutexGuard<'_, Journal> {
+        // A panic within leaves it refusing everything: see `Journal::change`.
+        self.0.journal.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A consistent look at the store.
-    pub(super) fn read<T>(
-        &self,
-        work: impl FnOnce(&ReadTransaction) -> Result<T, redb::Error>,
-    ) -> Result<T, StoreError> {
-        let attempt = || work(&self.database.begin_read()?);
-        attempt().map_err(|source| self.io(source))
-    }
-
-    /// A single record, decoded.
-    pub(super) fn get<T: DeserializeOwned>(&self, key: &'static str) -> Result<Option<T>, StoreError> {
-        self.get_bytes(key)?.map(|bytes| self.decode(key, &bytes)).transpose()
-    }
-
-    /// A single record as stored.
-    pub(super) fn get_bytes(&self, key: &'static str) -> Result<Option<Vec<u8>>, StoreError> {
-        self.read(|transaction| {
-            let table = match transaction.open_table(META) {
-                Err(redb::TableError::TableDoesNotExist(_)) => return Ok(None),
-                table => table?,
-            };
-            Ok(table.get(key)?.map(|value| value.value().to_vec()))
-        })
+    /// A single record, decoded; `None` if it was never written.
+    pub(super) fn get<T: DeserializeOwned>(&self, record: &'static str) -> Result<Option<T>, StoreError> {
+        get(&self.0.folder, record)
     }
 
     /// Writes a single record.
-    pub(super) fn set<T: Serialize>(&self, key: &'static str, value: &T) -> Result<(), StoreError> {
-        let bytes = encode(value);
-        self.write(|transaction| put(transaction, key, &bytes))
+    pub(super) fn set<T: Serialize>(&self, record: &'static str, value: &T) -> Result<(), StoreError> {
+        replace(&self.0.folder, record, &json(value))
     }
 
-    /// Reads a record that [`encode`] wrote.
-    pub(super) fn decode<T: DeserializeOwned>(&self, record: &str, bytes: &[u8]) -> Result<T, StoreError> {
-        match bytes.split_first() {
-            Some((&FORMAT, json)) => serde_json::from_slice(json).map_err(|source| StoreError::Damaged {
-                file: self.at.to_path_buf(),
-                record: record.to_owned(),
-                source,
-            }),
-            other => Err(StoreError::Format {
-                file: self.at.to_path_buf(),
-                record: record.to_owned(),
-                format: other.map_or(0, |(format, _)| *format),
-            }),
-        }
+    /// Which node this is: its number in the group, and whether it founds it. `None` while it is none.
+    pub fn own(&self) -> Result<Option<(u64, bool)>, StoreError> {
+        let own: Option<(u64, bool)> = self.get(OWN)?;
+        // A founder that ended between its first vote and this record.
+        let founder = || Ok(self.get::<openraft::Vote<u64>>(VOTE)?.map(|_| (1, true)));
+        own.map_or_else(founder, |own| Ok(Some(own)))
+    }
+
+    /// Says which node this is, for ever.
+    pub fn set_own(&self, id: u64, founds: bool) -> Result<(), StoreError> {
+        self.set(OWN, &(id, founds))
+    }
+
+    /// The snapshot: what it is of, and its bytes as [`encode`] wrote them.
+    pub(super) fn snapshot<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<u8>)>, StoreError> {
+        let Some(mut bytes) = read(&self.0.folder, SNAPSHOT)? else { return Ok(None) };
+        let damaged = || damaged(&self.0.folder, SNAPSHOT, "it is too short");
+        let (length, _) = bytes.split_first_chunk::<4>().ok_or_else(damaged)?;
+        let end = usize::try_from(u32::from_le_bytes(*length)).unwrap_or(usize::MAX).saturating_add(4);
+        let meta = parse(&self.0.folder, SNAPSHOT, bytes.get(4..end).ok_or_else(damaged)?)?;
+        Ok(Some((meta, bytes.split_off(end))))
+    }
+
+    /// Replaces the snapshot.
+    pub(super) fn set_snapshot<T: Serialize>(&self, meta: &T, state: &[u8]) -> Result<(), StoreError> {
+        let meta = json(meta);
+        let mut bytes = Vec::with_capacity(4 + meta.len() + state.len());
+        bytes.extend_from_slice(&u32::try_from(meta.len()).unwrap_or(u32::MAX).to_le_bytes());
+        bytes.extend_from_slice(&meta);
+        bytes.extend_from_slice(state);
+        replace(&self.0.folder, SNAPSHOT, &bytes)
     }
 
     /// Of a record that must be there.
     pub(super) fn missing(&self, record: &str) -> StoreError {
-        StoreError::Damaged {
-            file: self.at.to_path_buf(),
-            record: record.to_owned(),
-            source: serde::de::Error::custom("it is missing"),
-        }
+        damaged(&self.0.folder, record, "it is missing")
     }
 
-    fn io(&self, source: redb::Error) -> StoreError {
-        StoreError::Io { file: self.at.to_path_buf(), source }
+    /// Reads what [`encode`] wrote.
+    pub(super) fn decode<T: DeserializeOwned>(&self, record: &str, bytes: &[u8]) -> Result<T, StoreError> {
+        let folder = &self.0.folder;
+        match bytes.split_first() {
+            Some((&FORMAT, json)) => parse(folder, record, json),
+            other => Err(format(folder, record, other.map_or(0, |(format, _)| *format))),
+        }
     }
 }
 
-/// A record: the format byte, then JSON.
+/// An entry, or a state: the format byte, then JSON.
 pub(super) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
     let mut bytes = vec![FORMAT];
-    #[expect(
-        clippy::expect_used,
-        reason = "our types have string keys and no failing serializer; writing to a Vec cannot fail"
-    )]
-    serde_json::to_writer(&mut bytes, value).expect("serialize to memory");
+    bytes.extend(json(value));
     bytes
 }
 
-/// Writes a single record within a transaction.
-pub(super) fn put(transaction: &WriteTransaction, key: &str, bytes: &[u8]) -> Result<(), redb::Error> {
-    transaction.open_table(META)?.insert(key, bytes)?;
-    Ok(())
+fn json<T: Serialize>(value: &T) -> Vec<u8> {
+    #[expect(clippy::expect_used, reason = "our types have string keys and no failing serializer")]
+    serde_json::to_vec(value).expect("serialize to memory")
+}
+
+fn lock(folder: &Path) -> Result<File, StoreError> {
+    let path = folder.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path).map_err(io("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(StoreError::InUse { folder: folder.to_owned() }),
+        Err(TryLockError::Error(source)) => Err(io("lock", &path)(source)),
+    }
+}
+
+/// An unwritable or full disk is found before anything is acknowledged.
+fn prove(folder: &Path) -> Result<(), StoreError> {
+    let count: u64 = get(folder, OPENED)?.unwrap_or(0);
+    replace(folder, OPENED, &json(&(count + 1)))
+}
+
+fn get<T: DeserializeOwned>(folder: &Path, record: &'static str) -> Result<Option<T>, StoreError> {
+    read(folder, record)?.map(|bytes| parse(folder, record, &bytes)).transpose()
+}
+
+/// What follows the header of a file, if there is one.
+fn read(folder: &Path, record: &'static str) -> Result<Option<Vec<u8>>, StoreError> {
+    let path = folder.join(record);
+    let mut bytes = match fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io("read", &path)(error)),
+    };
+    match bytes.split_first_chunk::<HEADER>() {
+        Some((&[FORMAT, a, b, c, d], rest)) => {
+            if u32::from_le_bytes([a, b, c, d]) != crc32c::crc32c(rest) {
+                return Err(damaged(folder, record, "its checksum is wrong"));
+            }
+        }
+        Some((&[other, ..], _)) => return Err(format(folder, record, other)),
+        None => return Err(damaged(folder, record, "it is too short")),
+    }
+    Ok(Some(bytes.split_off(HEADER)))
+}
+
+/// The old file, or the new one, whenever this is cut off.
+fn replace(folder: &Path, record: &'static str, content: &[u8]) -> Result<(), StoreError> {
+    let (path, new) = (folder.join(record), folder.join(format!("{record}.new")));
+    let write = || {
+        let mut file = File::create(&new)?;
+        file.write_all(&[FORMAT])?;
+        file.write_all(&crc32c::crc32c(content).to_le_bytes())?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&new, &path)
+    };
+    write().map_err(io("write", &path))?;
+    Ok(sync_folder(folder)?)
+}
+
+fn parse<T: DeserializeOwned>(folder: &Path, record: &str, json: &[u8]) -> Result<T, StoreError> {
+    serde_json::from_slice(json).map_err(|error| damaged(folder, record, &error.to_string()))
+}
+
+fn io(what: &'static str, file: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let file = file.to_owned();
+    move |source| StoreError::Io { what, file, source }
+}
+
+fn damaged(folder: &Path, record: &str, why: &str) -> StoreError {
+    StoreError::Damaged { folder: folder.to_owned(), record: record.to_owned(), why: why.to_owned() }
+}
+
+fn format(folder: &Path, record: &str, format: u8) -> StoreError {
+    StoreError::Format { folder: folder.to_owned(), record: record.to_owned(), format }
 }

@@ -22,7 +22,7 @@ use super::{
 };
 
 /// Expired tokens are remembered this long, so that their refusal can say more than "unknown".
-const TOKEN_MEMORY_MS: u64 = 7 * 24 * 3600 * 1000;
+pub(super) const TOKEN_MEMORY_MS: u64 = 7 * 24 * 3600 * 1000;
 
 impl State {
     /// Applies one command: the answer, and what members see of it, if anything.
@@ -34,6 +34,12 @@ impl State {
             Command::Join(join) => self.join(join),
             Command::Publish(publish) => self.publish(publish),
             Command::Revoke { cluster } => self.revoke(cluster),
+            Command::MintNodeToken(mint) => self.mint_node_token(mint),
+            Command::AdmitNode(admit) => self.admit_node(admit),
+            Command::SetNode(set) => self.set_node(set),
+            Command::RemoveNode { node } => self.remove_node(node),
+            Command::Rollback { to } => self.rollback(*to),
+            Command::Restore(backup) => self.restore(backup),
             Command::StartEpoch => self.start_epoch(),
         };
         match result {
@@ -41,11 +47,17 @@ impl State {
             Ok(change) if change.is_empty() => {
                 (Response::Accepted(Outcome { stamp: self.stamp(), changed: false }), None)
             }
-            Ok(change) => (Response::Accepted(Outcome { stamp: self.bump(), changed: true }), Some(change)),
+            Ok(change) => {
+                let stamp = self.bump();
+                if let Some(global) = self.global.as_ref().filter(|_| change.settings) {
+                    self.past.remember(stamp.revision, &global.settings);
+                }
+                (Response::Accepted(Outcome { stamp, changed: true }), Some(change))
+            }
         }
     }
 
-    fn set_federation_bundle(&mut self, bundle: &TrustBundle) -> Result<Change, Rejection> {
+    pub(super) fn set_federation_bundle(&mut self, bundle: &TrustBundle) -> Result<Change, Rejection> {
         let change = Change { bundle: true, ..Change::default() };
         let Some(global) = &mut self.global else {
             check_first_bundle(bundle).map_err(|why| Rejection::FederationBundle { why })?;
@@ -73,7 +85,7 @@ impl State {
         Ok(change)
     }
 
-    fn set_settings(&mut self, settings: &Settings) -> Result<Change, Rejection> {
+    pub(super) fn set_settings(&mut self, settings: &Settings) -> Result<Change, Rejection> {
         let global = self.global.as_mut().ok_or(Rejection::NotFounded)?;
         if global.settings == *settings {
             return Ok(Change::default());
@@ -177,6 +189,11 @@ impl State {
         }
         let merged = self.remerge(&touched);
         Ok(self.replace_visible(info, merged))
+    }
+
+    fn restore(&mut self, backup: &State) -> Result<Change, Rejection> {
+        *self = self.restored(backup)?;
+        Ok(Change { epoch: true, ..Change::default() })
     }
 
     /// Everything stays, the count of revisions included.
@@ -340,7 +357,7 @@ fn claims(member: &Member, publication: &Publication, now: Timestamp) -> BTreeMa
     publication.exports.iter().map(claim).collect()
 }
 
-fn within(what: &str, count: usize, limit: usize) -> Result<(), Rejection> {
+pub(super) fn within(what: &str, count: usize, limit: usize) -> Result<(), Rejection> {
     if count <= limit {
         return Ok(());
     }

@@ -3,11 +3,14 @@
 
 use isthmus_model::{
     global::{Locality, Settings},
-    ids::{ClusterName, ServiceName, SpiffeId, Stamp, TrustDomain},
+    ids::{ClusterName, NodeName, Revision, ServiceName, SpiffeId, Stamp, TrustDomain},
     service::{Publication, TrustBundle},
     time::Timestamp,
 };
 use serde::{Deserialize, Serialize};
+
+use super::State;
+use super::nodes::{AdmitNode, MintNodeToken, SetNode};
 
 /// SHA-256 of a join token's secret. The secret itself is never stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -44,6 +47,24 @@ pub enum Command {
         /// Which.
         cluster: ClusterName,
     },
+    /// Registers a token for a new node of the control plane.
+    MintNodeToken(MintNodeToken),
+    /// Makes the bearer of such a token a node, and its root one of the federation's.
+    AdmitNode(AdmitNode),
+    /// Registers the founding node, or a node's new address.
+    SetNode(SetNode),
+    /// Takes a node out of the group for good. The certificates that it signed stay valid until they end.
+    RemoveNode {
+        /// Which.
+        node: NodeName,
+    },
+    /// Puts the settings of an earlier revision in force again, as a new one.
+    Rollback {
+        /// Which.
+        to: Revision,
+    },
+    /// Takes over what a backup held, in a new epoch. Only while no cluster has joined.
+    Restore(Box<State>),
     /// Starts the next epoch: members take the state whole, whatever they hold of this one.
     StartEpoch,
 }
@@ -168,6 +189,38 @@ pub enum Rejection {
     /// A cluster speaks only for itself.
     #[error("export {service} names identity {identity}, which is outside the cluster's trust domain {trust_domain}")]
     ForeignIdentity { service: ServiceName, identity: SpiffeId, trust_domain: TrustDomain },
+    /// No node token has this secret.
+    #[error(
+        "the token is unknown (mistyped, or of another federation, or long ago); mint a new one: isthmusctl cp add {node}"
+    )]
+    UnknownNodeToken { node: NodeName },
+    /// Too late.
+    #[error("the token expired {}; mint a new one: isthmusctl cp add {node}", ago(*.at))]
+    NodeTokenExpired { node: NodeName, at: Timestamp },
+    /// Tokens work once.
+    #[error("the token was already used {}, by a node with another CA; mint a new one: isthmusctl cp add {node}", ago(*.at))]
+    NodeTokenUsed { node: NodeName, at: Timestamp },
+    /// Tokens name their node.
+    #[error("the token is for node {token}, not {node}; mint one for it: isthmusctl cp add {node}")]
+    TokenForAnotherNode { token: NodeName, node: NodeName },
+    /// A name belongs to one node.
+    #[error("there is a node {node} already; to replace it, remove it first: isthmusctl cp remove {node}")]
+    NodeExists { node: NodeName },
+    /// Not a node, or not any more.
+    #[error("{node} is no node of this control plane (any more); see `isthmusctl cp status` for those that are")]
+    UnknownNode { node: NodeName },
+    /// There must be one.
+    #[error("{node} is the only node; add another one before it is removed")]
+    LastNode { node: NodeName },
+    /// It has not come yet.
+    #[error("there is no revision {revision} yet; the latest one is {latest}")]
+    FutureRevision { revision: Revision, latest: Revision },
+    /// Too long ago.
+    #[error("what was in force at revision {revision} is not remembered any more; the oldest one that is is {oldest}")]
+    ForgottenRevision { revision: Revision, oldest: Revision },
+    /// A restore would lose what there is.
+    #[error("{clusters} clusters have joined already; restore into a control plane that nobody has joined")]
+    NotEmpty { clusters: u64 },
     /// A limit.
     #[error("{what}: {count}, but at most {limit} are allowed")]
     TooMany { what: String, count: u64, limit: u64 },
@@ -203,9 +256,20 @@ impl Rejection {
             | Self::TokenExpired { .. }
             | Self::TokenUsed { .. }
             | Self::TokenForAnother { .. }
-            | Self::ClusterRevoked { .. } => RejectionKind::Denied,
-            Self::UnknownCluster { .. } => RejectionKind::NotFound,
-            Self::TrustDomainTaken { .. } | Self::TrustDomainFixed { .. } => RejectionKind::Conflict,
+            | Self::ClusterRevoked { .. }
+            | Self::UnknownNodeToken { .. }
+            | Self::NodeTokenExpired { .. }
+            | Self::NodeTokenUsed { .. }
+            | Self::TokenForAnotherNode { .. } => RejectionKind::Denied,
+            Self::UnknownCluster { .. }
+            | Self::UnknownNode { .. }
+            | Self::FutureRevision { .. }
+            | Self::ForgottenRevision { .. } => RejectionKind::NotFound,
+            Self::TrustDomainTaken { .. }
+            | Self::TrustDomainFixed { .. }
+            | Self::NodeExists { .. }
+            | Self::LastNode { .. }
+            | Self::NotEmpty { .. } => RejectionKind::Conflict,
             Self::Bundle { .. } | Self::ForeignIdentity { .. } | Self::Malformed { .. } => RejectionKind::Invalid,
             Self::TooMany { .. } => RejectionKind::Exhausted,
         }
@@ -227,6 +291,16 @@ impl Rejection {
             Self::TrustDomainFixed { .. } => "trust_domain_fixed",
             Self::Bundle { .. } => "bundle_refused",
             Self::ForeignIdentity { .. } => "foreign_identity",
+            Self::UnknownNodeToken { .. } => "unknown_node_token",
+            Self::NodeTokenExpired { .. } => "node_token_expired",
+            Self::NodeTokenUsed { .. } => "node_token_used",
+            Self::TokenForAnotherNode { .. } => "token_for_another_node",
+            Self::NodeExists { .. } => "node_exists",
+            Self::UnknownNode { .. } => "unknown_node",
+            Self::LastNode { .. } => "last_node",
+            Self::NotEmpty { .. } => "not_empty",
+            Self::FutureRevision { .. } => "future_revision",
+            Self::ForgottenRevision { .. } => "forgotten_revision",
             Self::TooMany { .. } => "too_many",
             Self::Malformed { .. } => "malformed",
         }

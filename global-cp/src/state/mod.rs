@@ -7,7 +7,12 @@
 //! It does not hold what consumers report (see [`crate::status`]), nor addresses or counts of endpoints.
 
 mod apply;
+pub mod backup;
 mod command;
+mod events;
+mod nodes;
+mod past;
+mod proposal;
 #[cfg(test)]
 mod tests;
 mod trust;
@@ -25,11 +30,14 @@ use isthmus_model::{
 use serde::{Deserialize, Serialize};
 
 pub(crate) use self::view::Change;
-use self::vips::VipIndexes;
 pub use self::{
     command::{Command, Join, KeyHash, MintToken, Outcome, Publish, Rejection, RejectionKind, Response, TokenHash},
+    events::{Actor, Event},
+    nodes::{AdmitNode, MintNodeToken, NodeInfo, SetNode},
+    proposal::{Answers, Batch, Proposal, ProposalId},
     view::{Content, Digest, Held, Update, View},
 };
+use self::{events::Events, nodes::Nodes, past::Past, proposal::Remembered, vips::VipIndexes};
 
 /// Join tokens kept at one time, used ones included.
 pub const MAX_TOKENS: usize = 10_000;
@@ -48,6 +56,14 @@ pub struct State {
     vips: VipIndexes,
     /// The highest cluster index given away.
     last_cluster_index: u16,
+    #[serde(default)]
+    past: Past,
+    #[serde(default)]
+    events: Events,
+    #[serde(default)]
+    nodes: Nodes,
+    #[serde(default)]
+    remembered: Remembered,
 }
 
 /// What is kept of a cluster beyond what all members see.
@@ -88,6 +104,11 @@ impl State {
     /// Where the state stands.
     pub fn stamp(&self) -> Stamp {
         self.global.as_ref().map(|g| g.stamp).unwrap_or_default()
+    }
+
+    /// What was asked of the state, latest first, as far as it is kept.
+    pub fn events(&self) -> impl Iterator<Item = &Event> {
+        self.events.latest()
     }
 
     /// Would publishing this again change nothing? Lets a session answer without writing to the log.

@@ -121,7 +121,7 @@ fn refuse(state: &mut State, command: Command) -> Rejection {
     rejection
 }
 
-fn founded() -> State {
+pub(super) fn founded() -> State {
     let mut state = State::default();
     accept(&mut state, Command::SetFederationBundle { bundle: bundle("isthmus") });
     state

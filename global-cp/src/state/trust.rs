@@ -22,6 +22,15 @@ pub(super) fn check_successor(stored: &TrustBundle, next: &TrustBundle) -> Resul
     require_own_roots(next, &document)
 }
 
+/// Whether every root of `part` is one of `whole`'s.
+pub(super) fn holds_all_roots(whole: &TrustBundle, part: &TrustBundle) -> bool {
+    let roots = |bundle: &TrustBundle| BundleDocument::parse(&bundle.document).map(|document| document.x509_roots);
+    match (roots(whole), roots(part)) {
+        (Ok(whole), Ok(part)) => part.iter().all(|root| whole.contains(root)),
+        _ => false,
+    }
+}
+
 fn require_own_roots(bundle: &TrustBundle, document: &BundleDocument) -> Result<(), String> {
     document.require_domain(&bundle.trust_domain).map_err(|error| chain(&error))
 }

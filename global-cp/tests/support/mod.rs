@@ -28,6 +28,7 @@ use isthmus_identity::{
 };
 use isthmus_model::{global::GlobalSnapshot, ids::TrustDomain};
 use isthmus_runtime::tasks::{Shutdown, TaskError};
+use prost::Message as _;
 use rustls::pki_types::{CertificateDer, ServerName};
 use serde_json::Value;
 use tokio::{net::TcpStream, sync::mpsc, task::JoinHandle, time::timeout};
@@ -70,11 +71,12 @@ pub(crate) struct Session {
 pub(crate) fn config(state_dir: &Path) -> Config {
     let free: SocketAddr = "127.0.0.1:0".parse().unwrap();
     Config {
-        node: "cp-1".to_owned(),
+        node: "cp-1".into(),
         federation: federation(),
         state_dir: state_dir.to_owned(),
         listen: Listen { grpc: free, admin: free, health: free },
         advertise: None,
+        join_token_file: None,
         settings: Default::default(),
         raft: Raft::default(),
         drain_grace: Duration::from_secs(5),
@@ -266,20 +268,25 @@ impl Session {
     }
 
     pub(crate) async fn next(&mut self) -> Result<control_message::Kind, Status> {
-        let message = timeout(DEADLINE, self.down.message()).await.expect("a message in time")?;
-        Ok(message.expect("the session goes on").kind.unwrap())
+        loop {
+            let message = timeout(DEADLINE, self.down.message()).await.expect("a message in time")?;
+            match message.expect("the session goes on").kind.unwrap() {
+                control_message::Kind::Nodes(_) => {}
+                kind => return Ok(kind),
+            }
+        }
     }
 
     pub(crate) async fn snapshot(&mut self) -> common::GlobalSnapshot {
         match self.next().await.unwrap() {
-            control_message::Kind::Snapshot(snapshot) => snapshot,
+            control_message::Kind::Snapshot(snapshot) => common::GlobalSnapshot::decode(snapshot).unwrap(),
             other => panic!("not a snapshot: {other:?}"),
         }
     }
 
     pub(crate) async fn delta(&mut self) -> common::GlobalDelta {
         match self.next().await.unwrap() {
-            control_message::Kind::Delta(delta) => delta,
+            control_message::Kind::Delta(delta) => common::GlobalDelta::decode(delta).unwrap(),
             other => panic!("not a delta: {other:?}"),
         }
     }

@@ -24,6 +24,11 @@ pub mod proto {
             tonic::include_proto!("isthmus.local.v1");
         }
     }
+    pub mod peers {
+        pub mod v1 {
+            tonic::include_proto!("isthmus.peers.v1");
+        }
+    }
     pub mod tunnel {
         pub mod v1 {
             tonic::include_proto!("isthmus.tunnel.v1");

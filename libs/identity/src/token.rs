@@ -23,6 +23,8 @@ pub enum TokenKind {
     Join,
     /// A gateway, DNS server or workload enrols, at its agent.
     Local,
+    /// Another node of the control plane, at one that runs.
+    Node,
 }
 
 impl TokenKind {
@@ -31,6 +33,7 @@ impl TokenKind {
         match self {
             Self::Join => "join",
             Self::Local => "local",
+            Self::Node => "node",
         }
     }
 }
@@ -45,7 +48,9 @@ impl fmt::Display for TokenKind {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenError {
     /// Not a token at all.
-    #[error("this is not an Isthmus token: one starts with isthmus-join. or isthmus-local. ({0}); {RENEW}")]
+    #[error(
+        "this is not an Isthmus token: one starts with isthmus-join., isthmus-local. or isthmus-node. ({0}); {RENEW}"
+    )]
     Garbage(&'static str),
     /// The end is missing.
     #[error("the token is cut off: copy it whole, it is one line without blanks; if it is lost, {RENEW}")]
@@ -61,7 +66,8 @@ pub enum TokenError {
     /// A token of the other kind.
     #[error(
         "this is a {found} token, a {wanted} token is needed here: `isthmusctl cluster join-token` makes those for a \
-         cluster's agent, `isthmus-agent token` those for gateways, DNS servers and workloads"
+         cluster's agent, `isthmus-agent token` those for gateways, DNS servers and workloads, `isthmusctl cp add` those for \
+         nodes of the control plane"
     )]
     WrongKind {
         /// The token's.
@@ -79,8 +85,8 @@ pub enum TokenError {
     },
 }
 
-const RENEW: &str = "mint a new one with `isthmusctl cluster join-token CLUSTER` (agents) or `isthmus-agent token` \
-                     (gateways, DNS, workloads)";
+const RENEW: &str = "mint a new one with `isthmusctl cluster join-token CLUSTER` (agents), `isthmus-agent token` \
+                     (gateways, DNS, workloads) or `isthmusctl cp add NODE` (control plane)";
 
 /// A one-time token.
 #[derive(Clone, PartialEq, Eq)]
@@ -91,9 +97,10 @@ pub struct Token {
     pub address: String,
     /// SHA-256 of the root that the server's chain must contain.
     pub ca_pin: [u8; 32],
-    /// Which cluster the bearer is to belong to.
+    /// Which cluster the bearer is to belong to; a node of the control plane belongs to none, and its token says
+    /// `control-plane`.
     pub cluster: ClusterName,
-    /// `agent`, `gateway/<name>`, `dns/<name>` or `workload/<namespace>/<service account>`.
+    /// `agent`, `gateway/<name>`, `dns/<name>`, `workload/<namespace>/<service account>` or `cp/<node>`.
     pub subject: String,
     /// 256 random bits as base64url. Secret.
     pub secret: String,
@@ -183,6 +190,7 @@ impl Token {
     pub fn mint_command(&self) -> String {
         match self.kind {
             TokenKind::Join => format!("isthmusctl cluster join-token {}", self.cluster),
+            TokenKind::Node => format!("isthmusctl {}", self.subject.replacen("cp/", "cp add ", 1)),
             TokenKind::Local => {
                 format!("isthmus-agent token {} --config <the agent's config>", self.subject.replacen('/', " ", 1))
             }
@@ -201,12 +209,13 @@ impl Token {
             return Err(if cut { TokenError::CutOff } else { TokenError::Garbage("the beginning is something else") });
         };
         let Some((kind, body)) = rest.split_once('.') else {
-            let cut = ["join", "local"].iter().any(|kind| kind.starts_with(rest));
+            let cut = ["join", "local", "node"].iter().any(|kind| kind.starts_with(rest));
             return Err(if cut { TokenError::CutOff } else { TokenError::Garbage("there is no '.'") });
         };
         let kind = match kind {
             "join" => TokenKind::Join,
             "local" => TokenKind::Local,
+            "node" => TokenKind::Node,
             _ => return Err(TokenError::Garbage("its kind is unknown")),
         };
         if !body.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')) {
@@ -232,7 +241,10 @@ impl Token {
             return Err(field("address", "host:port is expected"));
         }
         if !is_subject(&wire.subject) {
-            return Err(field("subject", "agent, gateway/NAME, dns/NAME or workload/NAMESPACE/SERVICEACCOUNT"));
+            return Err(field(
+                "subject",
+                "agent, gateway/NAME, dns/NAME, workload/NAMESPACE/SERVICEACCOUNT or cp/NODE",
+            ));
         }
         if wire.secret.is_empty() {
             return Err(field("secret", "it is empty"));
@@ -264,7 +276,7 @@ impl fmt::Debug for Token {
 fn is_subject(subject: &str) -> bool {
     match subject.split('/').collect::<Vec<_>>().as_slice() {
         ["agent"] => true,
-        ["gateway" | "dns", name] => !name.is_empty(),
+        ["gateway" | "dns" | "cp", name] => !name.is_empty(),
         ["workload", namespace, account] => !namespace.is_empty() && !account.is_empty(),
         _ => false,
     }

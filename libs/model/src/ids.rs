@@ -114,6 +114,11 @@ name_type!(
     "use 1 to 63 lower-case letters, digits or '-', with a letter or digit at both ends (RFC 1123), and not the reserved word \"any\""
 );
 name_type!(
+    /// The name of a control plane node, an RFC 1123 label: `spiffe://<federation>/cp/<node>`.
+    NodeName, "node name", is_label,
+    "use 1 to 63 lower-case letters, digits or '-', with a letter or digit at both ends (RFC 1123)"
+);
+name_type!(
     /// A Kubernetes namespace, an RFC 1123 label.
     Namespace, "namespace", is_label,
     "use 1 to 63 lower-case letters, digits or '-', with a letter or digit at both ends (RFC 1123)"
