@@ -42,9 +42,31 @@ pub(crate) enum Command {
     #[command(after_help = "Examples:\n  isthmusctl status\n  isthmusctl status --watch\n  \
         isthmusctl status -o json | jq '.clusters[].name'")]
     Status(StatusArgs),
-    /// List services or clusters of the federation
-    #[command(subcommand)]
-    Get(GetCommand),
+    /// List what the federation sees, or what was declared, by kind
+    #[command(after_help = "Examples:\n  isthmusctl get services\n  isthmusctl get services shop/cart -o yaml\n  \
+        isthmusctl get clusters -o wide\n  isthmusctl get clustergrant us-east -o yaml > grant.yaml\n  \
+        isthmusctl get services --watch\n\n\
+        Settings and grants, as -o yaml prints them, can be edited and applied.")]
+    Get(GetArgs),
+    /// One service, cluster or other thing, with what is known of it
+    #[command(after_help = "Examples:\n  isthmusctl describe service shop/cart\n  isthmusctl describe cluster us-east")]
+    Describe {
+        /// What kind of thing
+        kind: Kind,
+        /// Its name; of a service namespace/name
+        name: String,
+    },
+    /// Put settings and grants in force, as files declare them
+    #[command(
+        after_help = "Examples:\n  isthmusctl apply -f grant.yaml\n  isthmusctl apply -f policies/ --dry-run\n  \
+        isthmusctl get settings -o yaml | sed s/10000/5000/ | isthmusctl apply -f -\n\n\
+        All files happen, or none: every problem is told with its file, line and field. An object with a \
+        metadata.resourceVersion is only changed if nobody changed it meanwhile."
+    )]
+    Apply(ApplyArgs),
+    /// Go back to the default of what was declared
+    #[command(after_help = "Examples:\n  isthmusctl delete clustergrant us-east\n  isthmusctl delete -f grant.yaml")]
+    Delete(DeleteArgs),
     /// Where a service's traffic from a cluster goes, and why
     #[command(after_help = "Examples:\n  isthmusctl explain shop/cart --from us-east\n  \
         isthmusctl explain shop/cart --from us-east --port 80 -o json\n\n\
@@ -60,16 +82,11 @@ pub(crate) enum Command {
         isthmusctl history --subject us-east\n  isthmusctl history --all -o jsonl > audit.jsonl\n\n\
         Without --all: what changed the state.")]
     History(HistoryArgs),
-    /// What differs between two revisions
-    #[command(after_help = "Examples:\n  isthmusctl diff 40 42\n  isthmusctl diff 40 42 -o yaml")]
-    Diff {
-        /// The one
-        from: u64,
-        /// The other
-        to: u64,
-        #[command(flatten)]
-        format: FormatArgs,
-    },
+    /// What differs between two revisions, or what applying files would change
+    #[command(after_help = "Examples:\n  isthmusctl diff 40 42\n  isthmusctl diff 40 42 -o yaml\n  \
+        isthmusctl diff -f grant.yaml\n\n\
+        Exit code 1 if files would change something.")]
+    Diff(DiffArgs),
     /// Put the settings of an earlier revision in force again, as a new revision
     #[command(after_help = "Examples:\n  isthmusctl rollback 40\n\n\
         Settings come back; exports, bundles, indexes, tokens and revocations stay as they are. `isthmusctl diff` tells \
@@ -107,7 +124,8 @@ pub(crate) enum Command {
 pub(crate) enum ClusterCommand {
     /// Mint a one-time token with which an agent joins as this cluster
     #[command(after_help = "Examples:\n  isthmusctl cluster join-token us-east > us-east.token\n  \
-        isthmusctl cluster join-token us-east --ttl 1h\n\n\
+        isthmusctl cluster join-token us-east --ttl 1h\n  \
+        isthmusctl cluster join-token us-east \\\n      --export-namespaces shop,pay --import-namespaces shop\n\n\
         Only the token goes to stdout. It can be used once and pins the control plane's CA.")]
     JoinToken {
         /// The cluster's name in the federation
@@ -115,6 +133,32 @@ pub(crate) enum ClusterCommand {
         /// How long it may be used, 1s to 24h
         #[arg(long, default_value = "15m", value_parser = parse_ttl)]
         ttl: Duration,
+        /// It may export services of these namespaces alone, comma-separated [default: all]
+        #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+        export_namespaces: Vec<String>,
+        /// It may use other clusters' services of these namespaces alone, comma-separated [default: all]
+        #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+        import_namespaces: Vec<String>,
+    },
+    /// Send other clusters' new traffic elsewhere, as long as anybody else can take it
+    #[command(after_help = "Example:\n  isthmusctl cluster drain us-east\n\n\
+        The cluster stays a member, its own callers stay, and running connections go on.")]
+    Drain {
+        /// The cluster's name in the federation
+        name: ClusterName,
+    },
+    /// Let other clusters' traffic come again
+    #[command(after_help = "Example:\n  isthmusctl cluster undrain us-east")]
+    Undrain {
+        /// The cluster's name in the federation
+        name: ClusterName,
+    },
+    /// Believe that a cluster meant to withdraw most of its exports at once
+    #[command(after_help = "Example:\n  isthmusctl cluster confirm-withdrawal us-east\n\n\
+        Until then they stay, by the policy in `isthmusctl get settings`; `isthmusctl describe cluster` lists them.")]
+    ConfirmWithdrawal {
+        /// The cluster's name in the federation
+        name: ClusterName,
     },
     /// Cut a cluster off for good
     #[command(after_help = "Examples:\n  isthmusctl cluster revoke us-west\n  \
@@ -164,22 +208,117 @@ pub(crate) enum CpCommand {
     },
 }
 
-#[derive(Debug, Subcommand)]
-pub(crate) enum GetCommand {
+/// What can be looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Kind {
     /// Global services: kind, ports, who exports them, conflicts
-    #[command(
-        visible_alias = "service",
-        after_help = "Examples:\n  isthmusctl get services\n  \
-        isthmusctl get services -o yaml"
-    )]
-    Services(FormatArgs),
-    /// Member clusters: locality, state, gateways
-    #[command(
-        visible_alias = "cluster",
-        after_help = "Examples:\n  isthmusctl get clusters\n  \
-        isthmusctl get clusters -o json"
-    )]
-    Clusters(FormatArgs),
+    #[value(alias = "service", alias = "svc")]
+    Services,
+    /// Clusters: state, locality, gateways, exports
+    #[value(alias = "cluster")]
+    Clusters,
+    /// The control plane's nodes
+    #[value(alias = "node")]
+    Nodes,
+    /// The federation's settings
+    Settings,
+    /// What each cluster may do
+    #[value(name = "clustergrants", alias = "clustergrant", alias = "grants", alias = "grant")]
+    ClusterGrants,
+}
+
+impl Kind {
+    /// In the admin API's paths, and for people.
+    pub(crate) fn path(self) -> &'static str {
+        match self {
+            Self::Services => "services",
+            Self::Clusters => "clusters",
+            Self::Nodes => "nodes",
+            Self::Settings => "settings",
+            Self::ClusterGrants => "clustergrants",
+        }
+    }
+
+    /// Can it be applied and deleted?
+    pub(crate) fn is_declared(self) -> bool {
+        matches!(self, Self::Settings | Self::ClusterGrants)
+    }
+
+    /// How it goes away, if not by `delete`.
+    pub(crate) fn instead(self) -> &'static str {
+        match self {
+            Self::Services => "remove the ServiceExport in each cluster that exports it",
+            Self::Clusters => "see `isthmusctl cluster revoke`",
+            Self::Nodes => "see `isthmusctl cp remove`",
+            Self::Settings | Self::ClusterGrants => "delete it",
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct GetArgs {
+    /// What kind of thing
+    pub(crate) kind: Kind,
+    /// Only this one; a service is namespace/name
+    pub(crate) name: Option<String>,
+    /// How to print
+    #[arg(short, long, value_enum, default_value_t = GetFormat::Table)]
+    pub(crate) output: GetFormat,
+    /// Print again on every change, until Ctrl-C
+    #[arg(short, long)]
+    pub(crate) watch: bool,
+}
+
+/// How to print a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum GetFormat {
+    /// For people
+    Table,
+    /// With more columns
+    Wide,
+    /// All that the control plane tells
+    Json,
+    /// The same, as YAML
+    Yaml,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ApplyArgs {
+    /// A file, a folder of .yaml, .yml and .json files, or "-" for the standard input; may be repeated
+    #[arg(short, long = "filename", value_name = "FILE", required = true)]
+    pub(crate) files: Vec<PathBuf>,
+    /// Only say what would happen
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DeleteArgs {
+    /// What kind of thing
+    #[arg(required_unless_present = "files", requires = "name")]
+    pub(crate) kind: Option<Kind>,
+    /// Its name
+    pub(crate) name: Option<String>,
+    /// What these files declare: a file, a folder, or "-"; may be repeated
+    #[arg(short, long = "filename", value_name = "FILE", conflicts_with = "kind")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Only say what would happen; with files
+    #[arg(long, requires = "files")]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiffArgs {
+    /// The one revision
+    #[arg(required_unless_present = "files", requires = "to")]
+    pub(crate) from: Option<u64>,
+    /// The other
+    pub(crate) to: Option<u64>,
+    /// Files to compare with what is in force: a file, a folder, or "-"; may be repeated
+    #[arg(short, long = "filename", value_name = "FILE", conflicts_with = "from")]
+    pub(crate) files: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) format: FormatArgs,
 }
 
 #[derive(Debug, Args)]

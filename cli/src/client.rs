@@ -106,7 +106,8 @@ impl Client {
         let said = match failure {
             Ok(error) => {
                 let field = error.field.map(|f| format!("{f}: ")).unwrap_or_default();
-                format!("{field}{} ({})", error.message, error.code)
+                let problems: String = error.problems.iter().map(|problem| format!("\n  {problem}")).collect();
+                format!("{field}{} ({}){problems}", error.message, error.code)
             }
             Err(_) => format!("HTTP {status}"),
         };

@@ -17,6 +17,17 @@ pub(crate) fn yaml(out: &mut dyn Write, value: &impl Serialize) -> anyhow::Resul
     Ok(write!(out, "{text}{}", if text.ends_with('\n') { "" } else { "\n" })?)
 }
 
+/// YAML, a document for each.
+pub(crate) fn yaml_documents(out: &mut dyn Write, values: &[serde_json::Value]) -> anyhow::Result<()> {
+    for (i, value) in values.iter().enumerate() {
+        if i > 0 {
+            writeln!(out, "---")?;
+        }
+        yaml(out, value)?;
+    }
+    Ok(())
+}
+
 /// The reader of our output has gone.
 pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.chain().find_map(|e| e.downcast_ref::<std::io::Error>());

@@ -1,6 +1,7 @@
 //! The admin REST's answers, as far as this program reads them. Unknown fields are ignored, so that an older
 //! `isthmusctl` can look at a newer control plane.
 
+use isthmus_model::{grant::ClusterGrant, ids::ServiceName, service::GatewayAddress};
 use serde::{Deserialize, Serialize};
 
 /// `GET /v1/status`.
@@ -182,11 +183,115 @@ pub(crate) struct Stamp {
     pub(crate) revision: u64,
 }
 
+/// One of `GET /v1/clusters`.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct NamedCluster {
+    pub(crate) name: String,
+    /// `pending`, `active`, `draining` or `revoked`.
+    pub(crate) state: String,
+    /// Absent while it is pending.
+    #[serde(flatten)]
+    pub(crate) member: Option<Member>,
+    /// Unix time in milliseconds.
+    #[serde(default)]
+    pub(crate) token_expires_at: Option<u64>,
+    #[serde(default)]
+    pub(crate) grant: serde_json::Value,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Member {
+    pub(crate) index: u16,
+    pub(crate) locality: Locality,
+    pub(crate) trust_domain: String,
+    #[serde(default)]
+    pub(crate) gateways: Vec<GatewayAddress>,
+    #[serde(default)]
+    pub(crate) exports: Vec<ServiceName>,
+    #[serde(default)]
+    pub(crate) held_withdrawal: Option<HeldWithdrawal>,
+    #[serde(default)]
+    pub(crate) conditions: Vec<Condition>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(crate) struct Locality {
+    #[serde(default)]
+    pub(crate) region: String,
+    #[serde(default)]
+    pub(crate) zone: String,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct HeldWithdrawal {
+    /// Unix time in milliseconds.
+    pub(crate) since: u64,
+    pub(crate) services: Vec<ServiceName>,
+}
+
+/// What is the matter with an export.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Condition {
+    /// Absent: with all of them.
+    #[serde(default)]
+    pub(crate) service: Option<String>,
+    pub(crate) reason: String,
+    pub(crate) message: String,
+}
+
+/// `POST /v1/clusters/{name}/drain` and others.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Changed {
+    pub(crate) stamp: Stamp,
+    pub(crate) changed: bool,
+}
+
+/// `POST /v1/apply`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ApplyRequest {
+    pub(crate) files: Vec<ApplyFile>,
+    pub(crate) dry_run: bool,
+    pub(crate) delete: bool,
+}
+
+#[derive(Debug, Serialize)]
+pub(crate) struct ApplyFile {
+    /// For messages.
+    pub(crate) name: String,
+    pub(crate) text: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ApplyAnswer {
+    pub(crate) stamp: Stamp,
+    #[serde(default)]
+    pub(crate) dry_run: bool,
+    pub(crate) results: Vec<ApplyResult>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct ApplyResult {
+    pub(crate) kind: String,
+    pub(crate) name: String,
+    /// `created`, `configured`, `unchanged` or `deleted`.
+    pub(crate) outcome: String,
+    #[serde(default)]
+    pub(crate) before: Option<serde_json::Value>,
+    #[serde(default)]
+    pub(crate) after: Option<serde_json::Value>,
+}
+
 /// `POST /v1/clusters/{name}/join-token`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct TokenRequest {
     pub(crate) ttl_seconds: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) grant: Option<ClusterGrant>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -213,6 +318,19 @@ pub(crate) struct FailureDetail {
     pub(crate) message: String,
     #[serde(default)]
     pub(crate) field: Option<String>,
+    /// Of the files that were sent.
+    #[serde(default)]
+    pub(crate) problems: Vec<FileProblem>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct FileProblem {
+    pub(crate) file: String,
+    #[serde(default)]
+    pub(crate) line: u64,
+    #[serde(default)]
+    pub(crate) field: String,
+    pub(crate) message: String,
 }
 
 impl std::fmt::Display for Stamp {
@@ -223,10 +341,23 @@ impl std::fmt::Display for Stamp {
 
 impl Cluster {
     pub(crate) fn is_active(&self) -> bool {
-        self.state.eq_ignore_ascii_case("active")
+        matches!(self.state.as_str(), "active" | "draining")
     }
 
     pub(crate) fn is_connected(&self) -> bool {
         self.session.is_some_and(|s| s.connected)
+    }
+}
+
+impl std::fmt::Display for FileProblem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:", self.file)?;
+        if self.line > 0 {
+            write!(f, "{}:", self.line)?;
+        }
+        if !self.field.is_empty() {
+            write!(f, " {}:", self.field)?;
+        }
+        write!(f, " {}", self.message)
     }
 }

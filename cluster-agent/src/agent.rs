@@ -326,6 +326,7 @@ impl Agent {
             shutdown: self.tasks.shutdown(),
             resync: false,
             published: None,
+            incarnation: rand::random(),
         };
         self.tasks.spawn("uplink", uplink.run());
 

@@ -36,6 +36,8 @@ pub enum Area {
     Refused,
     /// The control plane's answers to what this agent publishes.
     Uplink,
+    /// What the control plane makes of single exports.
+    Exports,
     /// The state folder.
     Storage,
     /// Saving the federation's state.

@@ -3,7 +3,6 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use isthmus_model::{
-    failover::FailoverPolicy,
     global::{ClusterInfo, ClusterState, Exporter, GlobalPort, GlobalService, GlobalSnapshot, Locality, Settings},
     ids::{ClusterIndex, Epoch, Revision, ServiceName, Stamp, VipIndex},
     local::{Endpoint, LocalEndpoints},
@@ -70,12 +69,13 @@ pub(crate) fn snapshot() -> GlobalSnapshot {
         state: ClusterState::Active,
         bundle: bundle(&format!("{name}.example")),
         gateways: Vec::new(),
+        grant: Default::default(),
     });
     GlobalSnapshot {
         stamp: stamp(1, 7),
         federation: "isthmus.example".parse().unwrap(),
         federation_bundle: bundle("isthmus.example"),
-        settings: Settings { failover: FailoverPolicy::default() },
+        settings: Settings::default(),
         clusters: clusters.map(|c| (c.name.clone(), c)).collect(),
         services: services.into_iter().map(|s| (s.name.clone(), s)).collect(),
     }

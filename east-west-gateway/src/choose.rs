@@ -44,7 +44,11 @@ impl From<&Denied> for Hopeless {
         match denied {
             Denied::UnknownService(_) | Denied::UnknownPort(..) => Self::UnknownService,
             Denied::NotExported { .. } => Self::NotExported,
-            Denied::CallerInactive(_) | Denied::ExporterInactive(_) | Denied::OutsideRegions { .. } => Self::Forbidden,
+            Denied::CallerInactive(_)
+            | Denied::ExporterInactive(_)
+            | Denied::ImportNotGranted { .. }
+            | Denied::ExportNotGranted { .. }
+            | Denied::OutsideRegions { .. } => Self::Forbidden,
         }
     }
 }

@@ -38,6 +38,7 @@ pub(crate) fn federation(names: &[&str]) -> GlobalSnapshot {
             state: ClusterState::Active,
             bundle: no_bundle(&format!("{name}.example")),
             gateways: Vec::new(),
+            grant: Default::default(),
         };
         (info.name.clone(), info)
     };

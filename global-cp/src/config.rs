@@ -31,7 +31,7 @@ pub struct Config {
     /// `stateDir` holds no state. Without it the node founds a control plane of its own.
     #[serde(default)]
     pub join_token_file: Option<PathBuf>,
-    /// Federation-wide settings. The file is their source: they are written to the state at each start.
+    /// Federation-wide settings with which a control plane is founded. Afterwards `isthmusctl apply` changes them.
     #[serde(default)]
     pub settings: Settings,
     /// The consensus engine.
@@ -110,6 +110,9 @@ impl Validate for Config {
             if let Some((other, _)) = earlier {
                 problems.add(*field, format!("{address} is also {other}; each needs its own"));
             }
+        }
+        for (field, message) in self.settings.problems() {
+            problems.add(format!("settings.{field}"), message);
         }
         if self.raft.snapshot_after_entries == 0 {
             problems.add("raft.snapshotAfterEntries", "use 1 or more");

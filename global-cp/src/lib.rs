@@ -21,6 +21,7 @@ use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use isthmus_identity::{renew::renew_at, tls::TlsError};
 use isthmus_model::{
+    global::Settings,
     ids::{IdError, NodeName},
     time::Timestamp,
 };
@@ -38,7 +39,7 @@ use crate::{
     metrics::Metrics,
     nodes::{JoinError, Nodes},
     raft::{Group, Inbound, Own, Peer, Peers, ProposeError, Proposer, ReadError, StartError, Store, StoreError},
-    state::{Actor, Command, SetNode},
+    state::{Actor, Apply, Command, Resource, SUPPORTED, SetNode, Write},
     status::StatusStore,
 };
 
@@ -163,7 +164,9 @@ pub async fn build(config: Config) -> Result<Bound, BuildError> {
     let nodes =
         Nodes::new(authority.clone(), (proposer.clone(), group.views()), Inbound::new(group.clone()), status.clone());
     service.serve(nodes, grpc, &tasks, &mut registry)?;
-    nodes::membership::follow(&tasks, group.clone());
+    nodes::membership::follow(&tasks, group.clone(), proposer.clone());
+    nodes::agreement::watch(&tasks, group.clone(), peers.clone(), config.node.clone());
+    federation::clock::follow(&tasks, group.clone(), proposer.clone());
     let (state_dir, own_address) = (config.state_dir.clone(), admin_addr);
     follow_bundle(&tasks, &group, authority.clone(), move |authority| {
         write_credentials(&state_dir, authority, own_address).map(drop)
@@ -263,6 +266,7 @@ async fn found(
 ) -> Result<(), FoundError> {
     // First of all: where the others look for this node they may not find it.
     let node = SetNode {
+        supports: SUPPORTED,
         id: own.id,
         node: own.node.clone(),
         address: own.peer.address.clone(),
@@ -273,15 +277,29 @@ async fn found(
     }
     group.barrier().await?;
     let view = group.views().borrow().clone();
-    if view.state().nodes().get(&node.node).is_none_or(|info| info.address != node.address) {
+    if view
+        .state()
+        .nodes()
+        .get(&node.node)
+        .is_none_or(|info| info.address != node.address || info.supports != SUPPORTED)
+    {
         proposer.propose(Command::SetNode(node)).await?;
     }
     let held = view.global().cloned();
     if own.founds && held.as_ref().is_none_or(|global| !authority.is_rooted_in(&global.federation_bundle)) {
         proposer.propose(Command::SetFederationBundle { bundle: authority.own_bundle() }).await?;
     }
-    if held.is_none_or(|global| global.settings != config.settings) {
-        proposer.propose(Command::SetSettings { settings: config.settings.clone() }).await?;
+    match held {
+        None if own.founds && config.settings != Settings::default() => {
+            let resource = Resource::Settings(config.settings.clone());
+            let writes = vec![Write::Put { resource, expected: None }];
+            proposer.propose(Command::Apply(Apply { writes })).await?;
+        }
+        Some(held) if config.settings != Settings::default() && held.settings != config.settings => tracing::warn!(
+            "the settings of the configuration file are not those in force: they count when a control plane is founded; \
+             since then `isthmusctl apply` changes them, and `isthmusctl get settings -o yaml` shows them"
+        ),
+        _ => {}
     }
     if config.new_epoch {
         let outcome = proposer.propose(Command::StartEpoch).await?;

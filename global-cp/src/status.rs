@@ -12,7 +12,7 @@ use std::{
 use isthmus_api::convert::{ConsumerKind, ConsumerStatus, Problem, Status};
 use isthmus_model::{
     availability::Report,
-    global::{ClusterState, GlobalSnapshot},
+    global::GlobalSnapshot,
     ids::{ClusterName, Stamp},
     local::TunnelReport,
     time::Timestamp,
@@ -168,10 +168,7 @@ pub fn view(
         let heard = heard.get(&info.name).unwrap_or(&never);
         ClusterStatus {
             name: info.name.clone(),
-            state: match info.state {
-                ClusterState::Active => "active",
-                ClusterState::Revoked => "revoked",
-            },
+            state: info.state.label(),
             region: info.locality.region.to_string(),
             zone: info.locality.zone.to_string(),
             index: info.index.0,

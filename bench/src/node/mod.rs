@@ -106,6 +106,7 @@ impl Spec {
                 state: ClusterState::Active,
                 bundle: no_bundle(format!("{name}.example").parse()?),
                 gateways: gateways.collect(),
+                grant: Default::default(),
             };
             Ok((name.clone(), info))
         });

@@ -1,9 +1,15 @@
 //! `isthmusctl cluster`: admit, cut off, list.
 
-use std::io::{BufRead as _, IsTerminal as _, Write};
+use std::{
+    collections::BTreeSet,
+    io::{BufRead as _, IsTerminal as _, Write},
+};
 
 use anyhow::bail;
-use isthmus_model::ids::ClusterName;
+use isthmus_model::{
+    grant::{ClusterGrant, Namespaces},
+    ids::ClusterName,
+};
 use serde_json::Value;
 
 use super::{now, rough};
@@ -12,22 +18,50 @@ use crate::{
     args::{ClusterCommand, Format},
     client::Client,
     output,
-    shapes::{Cluster, Revoked, Session, Status, TokenRequest, TokenResponse},
+    shapes::{Changed, Cluster, Revoked, Session, Status, TokenRequest, TokenResponse},
     suggest,
     table::Table,
 };
 
 pub(super) async fn run(client: &Client, command: ClusterCommand, out: &mut dyn Write) -> anyhow::Result<Verdict> {
     match command {
-        ClusterCommand::JoinToken { name, ttl } => {
+        ClusterCommand::JoinToken { name, ttl, export_namespaces, import_namespaces } => {
             let path = Client::cluster_path(&name, "join-token");
-            let response: TokenResponse = client.post(&path, &TokenRequest { ttl_seconds: ttl.as_secs() }).await?;
+            let grant = grant(export_namespaces, import_namespaces)?;
+            let request = TokenRequest { ttl_seconds: ttl.as_secs(), grant: grant.clone() };
+            let response: TokenResponse = client.post(&path, &request).await?;
             writeln!(out, "{}", response.token)?;
             eprintln!(
                 "Valid once, for {}. On {name}'s machine: write it into the file that joinTokenFile in the agent's \
                  configuration names, then start `isthmus-agent run`.",
                 humantime::format_duration(ttl)
             );
+            if grant.is_none() {
+                eprintln!(
+                    "Unless a grant was declared for it, {name} may export and import services of all namespaces. Narrower: \
+                     --export-namespaces shop,pay --import-namespaces shop here, or `isthmusctl apply` a ClusterGrant at \
+                     any time (`isthmusctl get clustergrants`)."
+                );
+            }
+        }
+        ClusterCommand::Drain { name } => {
+            let changed = change(client, &name, "drain").await?;
+            tell(out, &changed, &format!("{name} is draining"), &format!("{name} is draining already"))?;
+            if changed.changed {
+                eprintln!(
+                    "Other clusters send new connections elsewhere as long as anybody else can take them; `isthmusctl cluster \
+                     undrain {name}` lets them come again."
+                );
+            }
+        }
+        ClusterCommand::Undrain { name } => {
+            let changed = change(client, &name, "undrain").await?;
+            tell(out, &changed, &format!("{name} takes traffic again"), &format!("{name} was not draining"))?;
+        }
+        ClusterCommand::ConfirmWithdrawal { name } => {
+            let changed = change(client, &name, "confirm-withdrawal").await?;
+            let withdrawn = format!("what {name} withdrew is gone");
+            tell(out, &changed, &withdrawn, &format!("nothing that {name} withdrew is held"))?;
         }
         ClusterCommand::Revoke { name, yes } => return revoke(client, &name, yes, out).await,
         ClusterCommand::List(args) => {
@@ -43,6 +77,35 @@ pub(super) async fn run(client: &Client, command: ClusterCommand, out: &mut dyn 
         }
     }
     Ok(Verdict::Yes)
+}
+
+/// What the flags say; `None` if nothing.
+fn grant(export: Vec<String>, import: Vec<String>) -> anyhow::Result<Option<ClusterGrant>> {
+    if export.is_empty() && import.is_empty() {
+        return Ok(None);
+    }
+    let namespaces = |names: Vec<String>| match names.is_empty() {
+        true => Ok(Namespaces::All),
+        // Nothing at all is written as an empty name.
+        false => Namespaces::try_from(names.into_iter().filter(|name| !name.is_empty()).collect::<BTreeSet<_>>()),
+    };
+    Ok(Some(ClusterGrant {
+        export_namespaces: namespaces(export)?,
+        import_namespaces: namespaces(import)?,
+        ..ClusterGrant::default()
+    }))
+}
+
+async fn change(client: &Client, name: &ClusterName, verb: &str) -> anyhow::Result<Changed> {
+    client.post(&Client::cluster_path(name, verb), &Value::Object(Default::default())).await
+}
+
+fn tell(out: &mut dyn Write, changed: &Changed, done: &str, nothing: &str) -> anyhow::Result<()> {
+    match changed.changed {
+        true => writeln!(out, "{done}, as revision {}", changed.stamp)?,
+        false => writeln!(out, "{nothing}")?,
+    }
+    Ok(())
 }
 
 async fn revoke(client: &Client, name: &ClusterName, yes: bool, out: &mut dyn Write) -> anyhow::Result<Verdict> {

@@ -18,7 +18,7 @@ use crate::{
 pub(super) async fn run(client: &Client, command: CpCommand, out: &mut dyn Write) -> anyhow::Result<Verdict> {
     match command {
         CpCommand::Add { name, ttl } => {
-            let request = TokenRequest { ttl_seconds: ttl.as_secs() };
+            let request = TokenRequest { ttl_seconds: ttl.as_secs(), grant: None };
             let response: TokenResponse = client.post(&format!("nodes/{name}/join-token"), &request).await?;
             writeln!(out, "{}", response.token)?;
             eprintln!(
@@ -73,6 +73,11 @@ pub(super) fn status(group: &Group) -> String {
         group.term,
         group.nodes.len()
     );
+    text.push_str(&nodes_table(group));
+    text
+}
+
+pub(super) fn nodes_table(group: &Group) -> String {
     let mut table = Table::new(&["NODE", "ID", "ROLE", "LOG", "BEHIND", "ADDRESS"]);
     for node in &group.nodes {
         let (log, behind) = match node.log_index {
@@ -81,6 +86,5 @@ pub(super) fn status(group: &Group) -> String {
         };
         table.row([node.name.clone(), node.id.to_string(), node.role.clone(), log, behind, node.address.clone()]);
     }
-    text.push_str(&table.render(0));
-    text
+    table.render(0)
 }

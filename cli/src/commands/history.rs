@@ -1,9 +1,10 @@
 //! `isthmusctl history`, `diff` and `rollback`: the control plane's past.
 
-use std::{collections::BTreeMap, fmt::Write as _, io::Write};
+use std::{fmt::Write as _, io::Write};
 
 use serde_json::Value;
 
+use super::get;
 use crate::{
     Verdict,
     args::{Format, HistoryArgs, HistoryFormat},
@@ -99,7 +100,7 @@ fn time(unix_ms: u64) -> String {
 /// One line for each value that differs, by its path.
 pub(super) fn settings_lines(settings: Option<&[Value; 2]>) -> String {
     let Some([before, after]) = settings else { return "The settings are the same.\n".to_owned() };
-    let (before, after) = (leaves(before), leaves(after));
+    let (before, after) = (get::leaves(before), get::leaves(after));
     let mut text = String::from("Settings:\n");
     let paths: std::collections::BTreeSet<&String> = before.keys().chain(after.keys()).collect();
     for path in paths {
@@ -110,23 +111,4 @@ pub(super) fn settings_lines(settings: Option<&[Value; 2]>) -> String {
         }
     }
     text
-}
-
-fn leaves(value: &Value) -> BTreeMap<String, String> {
-    fn walk(path: String, value: &Value, into: &mut BTreeMap<String, String>) {
-        match value {
-            Value::Object(fields) if !fields.is_empty() => {
-                for (key, value) in fields {
-                    let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-                    walk(path, value, into);
-                }
-            }
-            other => {
-                into.insert(path, other.to_string());
-            }
-        }
-    }
-    let mut into = BTreeMap::new();
-    walk(String::new(), value, &mut into);
-    into
 }

@@ -3,6 +3,8 @@
 mod backup;
 mod cluster;
 mod cp;
+mod declare;
+mod describe;
 mod explain;
 mod get;
 mod history;
@@ -39,11 +41,17 @@ pub(crate) async fn run(cli: Cli, out: &mut dyn Write) -> anyhow::Result<Verdict
         Command::Cluster(command) => cluster::run(&client, command, out).await,
         Command::Cp(command) => cp::run(&client, command, out).await,
         Command::Status(args) => status::run(&client, args, out).await,
-        Command::Get(command) => get::run(&client, command, out).await,
+        Command::Get(args) => get::run(&client, args, out).await,
+        Command::Describe { kind, name } => describe::run(&client, kind, &name, out).await,
+        Command::Apply(args) => declare::apply(&client, args, out).await,
+        Command::Delete(args) => declare::delete(&client, args, out).await,
         Command::Explain(args) => explain::run(&client, args, out).await,
         Command::Wait(args) => wait::run(&client, args, out).await,
         Command::History(args) => history::run(&client, args, out).await,
-        Command::Diff { from, to, format } => history::diff(&client, (from, to), format.output, out).await,
+        Command::Diff(args) => match (args.from, args.to) {
+            (Some(from), Some(to)) => history::diff(&client, (from, to), args.format.output, out).await,
+            _ => declare::diff(&client, &args.files, out).await,
+        },
         Command::Rollback { revision } => history::rollback(&client, revision, out).await,
         Command::Backup { file } => backup::take(&client, &file).await,
         Command::Restore { file, yes } => backup::restore(&client, &file, yes, out).await,
@@ -62,6 +70,17 @@ fn rough(duration: Duration) -> String {
     text.split(' ').take(2).collect::<Vec<_>>().join(" ")
 }
 
+/// "a, b and 3 more".
+fn rough_list(items: impl Iterator<Item = String>) -> String {
+    const NAMED: usize = 5;
+    let items: Vec<String> = items.collect();
+    let named = items.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
+    match items.len().saturating_sub(NAMED) {
+        0 => named,
+        more => format!("{named} and {more} more"),
+    }
+}
+
 fn tier(tier: Tier) -> &'static str {
     match tier {
         Tier::LocalCluster => "own cluster",
@@ -76,6 +95,7 @@ fn state(eligibility: &Eligibility) -> &'static str {
         Eligibility::Ready => "ready",
         Eligibility::HoldDown { .. } => "hold-down",
         Eligibility::Unknown => "unknown",
+        Eligibility::Draining => "draining",
         Eligibility::Unreachable => "unreachable",
         Eligibility::NoEndpoints => "no-endpoints",
         Eligibility::Forbidden => "forbidden",

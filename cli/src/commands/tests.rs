@@ -33,13 +33,13 @@ use isthmus_model::{
 use serde_json::{Value, json};
 
 use super::{
-    explain, get as get_command, status,
+    declare, describe, explain, get as get_command, status,
     wait::{Progress, progress},
 };
 use crate::{
     Verdict,
     args::Cli,
-    shapes::{Stamp, Status},
+    shapes::{ApplyResult, NamedCluster, Stamp, Status},
 };
 
 fn consumer(kind: &str, name: &str, revision: u64, connected: bool) -> Value {
@@ -205,7 +205,7 @@ link goes back to QUIC by itself.
 #[test]
 fn an_empty_federation_says_how_to_begin() {
     assert!(status::render(&parsed(&[])).contains("cluster join-token"));
-    assert!(get_command::services_table(&[]).contains("ServiceExport"));
+    assert!(get_command::services_table(&[], false).contains("ServiceExport"));
 }
 
 #[test]
@@ -216,10 +216,62 @@ fn services_and_clusters_are_tables() {
 SERVICE    KIND          INDEX  PORTS         EXPORTED BY         CONFLICTS
 shop/cart  ClusterSetIP  5      http:80/http  eu-central,us-east  -
 ";
-    assert_eq!(get_command::services_table(&services), want);
-    let clusters: Vec<_> = global.clusters.values().cloned().collect();
-    let text = get_command::clusters_table(&clusters);
-    assert!(text.contains("gateway-1=127.1.1.11:15443,gateway-2 (dials out only)"), "{text}");
+    assert_eq!(get_command::services_table(&services, false), want);
+    let clusters: Vec<NamedCluster> = serde_json::from_value(clusters_json()).unwrap();
+    let want = "\
+CLUSTER  STATE    REGION  ZONE  INDEX  TRUST DOMAIN     GATEWAYS                                               EXPORTS
+us-east  active   us      us-1  1      us-east.example  gateway-1=127.1.1.11:15443,gateway-2 (dials out only)  1 (1 with a problem)
+us-west  pending  -       -     -      -                -                                                      -
+";
+    let text = get_command::clusters_table(&clusters, false);
+    assert_eq!(text, want);
+    let wide = get_command::clusters_table(&clusters, true);
+    assert!(wide.contains("MAY EXPORT") && wide.contains("shop,pay    none        gateway"), "{wide}");
+}
+
+/// As `GET /v1/clusters` gives it.
+fn clusters_json() -> Value {
+    json!([
+        {"name": "us-east", "state": "active", "index": 1, "locality": {"region": "us", "zone": "us-1"},
+            "trustDomain": "us-east.example",
+            "gateways": [{"name": "gateway-1", "tunnel": "127.1.1.11:15443"}, {"name": "gateway-2", "tunnel": null}],
+            "exports": ["shop/cart"],
+            "heldWithdrawal": {"since": 0, "services": ["shop/web"]},
+            "conditions": [{"service": "shop/web", "reason": "WithdrawalHeld", "message": "it stays"}],
+            "grant": {"exportNamespaces": ["shop", "pay"], "importNamespaces": [], "roles": ["gateway"], "limits": {}}},
+        {"name": "us-west", "state": "pending", "tokenExpiresAt": 9_999_999_999_999_u64},
+    ])
+}
+
+#[test]
+fn a_cluster_is_described_with_what_it_may_and_what_is_wrong() {
+    let clusters: Vec<NamedCluster> = serde_json::from_value(clusters_json()).unwrap();
+    let text = describe::cluster(&clusters[0], None).unwrap();
+    for part in [
+        "exportNamespaces: [\"shop\",\"pay\"]",
+        "shop/web: WithdrawalHeld: it stays",
+        "1 exports were withdrawn at once, at 1970-01-01T00:00:00Z, and are held",
+        "  shop/cart\n",
+    ] {
+        assert!(text.contains(part), "{part} is not in: {text}");
+    }
+    let text = describe::cluster(&clusters[1], None).unwrap();
+    assert!(text.contains("has not joined yet"), "{text}");
+}
+
+#[test]
+fn a_difference_is_shown_line_by_line() {
+    let result = |before: Value, after: Value| ApplyResult {
+        kind: "ClusterGrant".to_owned(),
+        name: "us-east".to_owned(),
+        outcome: "configured".to_owned(),
+        before: Some(before),
+        after: Some(after),
+    };
+    let text = declare::difference(&result(json!({"a": 1, "b": 2}), json!({"a": 1, "b": 3}))).unwrap();
+    let want = "--- ClusterGrant/us-east as it is\n+++ ClusterGrant/us-east as it would be\n a: 1\n-b: 2\n+b: 3\n";
+    assert_eq!(text, want);
+    assert_eq!(declare::difference(&result(json!({"a": 1}), json!({"a": 1}))).unwrap(), "");
 }
 
 #[test]
@@ -308,6 +360,7 @@ fn api() -> Router {
     Router::new()
         .route("/status", get(async || Json(status_json(&two_clusters(42)))))
         .route("/snapshot", get(async || Json(snapshot())))
+        .route("/clusters", get(async || Json(clusters_json())))
         .route("/services", get(async || Json(snapshot().services.into_values().collect::<Vec<_>>())))
         .route("/availability/{cluster}", get(async move || Json(availability)))
         .route(
@@ -343,7 +396,7 @@ async fn status_and_lists_print_in_each_format() {
     let (_, text) = plane.run("get services -o json").await;
     assert_eq!(serde_json::from_str::<Value>(&text).unwrap()[0]["name"], "shop/cart");
     let (_, text) = plane.run("get clusters -o yaml").await;
-    assert!(text.contains("name: eu-central"), "{text}");
+    assert!(text.contains("name: us-east"), "{text}");
     let (_, text) = plane.run("cluster list").await;
     assert!(text.contains("us-west  active"), "{text}");
 }

@@ -136,6 +136,7 @@ impl Federation {
             state: ClusterState::Active,
             bundle: ca.bundle(),
             gateways: Vec::new(),
+            grant: Default::default(),
         };
         GlobalSnapshot {
             stamp: Stamp { epoch: Epoch(1), revision: Revision(1) },

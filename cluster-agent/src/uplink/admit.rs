@@ -139,6 +139,7 @@ pub fn admit(raw: &GlobalSnapshot, pins: &Pins, own: (&ClusterName, &TrustBundle
         cluster.bundle = bundle;
     }
     hold_revocations(&mut judged, own);
+    judged.snapshot.keep_to_grants(own.0);
     Ok(judged)
 }
 
@@ -195,6 +196,7 @@ fn dropped_cluster(name: &ClusterName, index: u16, bundle: &TrustBundle) -> Opti
         state: ClusterState::Revoked,
         bundle: bundle.clone(),
         gateways: Vec::new(),
+        grant: Default::default(),
     })
 }
 

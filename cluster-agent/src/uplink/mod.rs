@@ -90,6 +90,8 @@ pub struct Uplink {
     pub resync: bool,
     /// What was last sent.
     pub published: Option<Arc<Intent>>,
+    /// Of this agent as the one that publishes for its cluster: of two the later one is believed.
+    pub incarnation: [u8; 16],
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

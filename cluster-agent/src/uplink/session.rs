@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use isthmus_api::{
-    convert::{self, ConsumerKind, ConsumerStatus, ConvertError},
+    convert::{self, ConsumerKind, ConsumerStatus, ConvertError, Problem},
     proto::{
         common::v1 as common,
-        federation::v1::{AgentMessage, ControlMessage, Hello, Publish, agent_message, control_message},
+        federation::v1::{
+            AgentMessage, ControlMessage, ExportCondition, Hello, Publish, agent_message, control_message,
+        },
     },
 };
 use isthmus_model::{
@@ -38,6 +40,8 @@ const STATUS_PAUSE: Duration = Duration::from_millis(200);
 const STATUS_IDLE: Duration = Duration::from_secs(10);
 /// A committed answer to a publication; a control plane without a quorum does not give one.
 const PUBLISH_DEADLINE: Duration = Duration::from_secs(15);
+/// Conditions of exports that are shown; the rest is seen at the control plane.
+const MAX_CONDITIONS: usize = 100;
 /// A refused publication is offered again after this, in case the refusal's cause went away.
 const REFUSED_PAUSE: Duration = Duration::from_secs(30);
 
@@ -198,7 +202,11 @@ impl Session<'_> {
         };
         self.sequence += 1;
         self.uplink.published = Some(intent);
-        let publish = Publish { sequence: self.sequence, publication: Some((&publication).into()) };
+        let publish = Publish {
+            sequence: self.sequence,
+            publication: Some((&publication).into()),
+            incarnation: self.uplink.incarnation.to_vec(),
+        };
         self.send(agent_message::Kind::Publish(publish)).await?;
         self.publishing = Publishing::Sent;
         self.due = Some(Instant::now() + PUBLISH_DEADLINE);
@@ -245,6 +253,10 @@ impl Session<'_> {
                     tracing::error!(%error, "the control plane's nodes were not remembered");
                 }
             }
+            Some(control_message::Kind::Conditions(told)) => {
+                let conditions = told.conditions.into_iter().take(MAX_CONDITIONS);
+                self.uplink.status.set_problems(Area::Exports, conditions.map(condition).collect());
+            }
             // An answer to an older publication, or a message that a newer version knows.
             Some(control_message::Kind::Published(_) | control_message::Kind::Refused(_)) | None => {}
         }
@@ -285,6 +297,17 @@ impl Session<'_> {
             Err(_) => Err(Ended::Closed(Status::deadline_exceeded("the control plane does not read"))),
         }
     }
+}
+
+fn condition(told: ExportCondition) -> Problem {
+    let at = match told.service {
+        Some(service) => format!("ServiceExport {}/{}", service.namespace, service.name),
+        None => "publication".to_owned(),
+    };
+    problem(
+        at,
+        format!("{}: {}", told.reason, told.message).chars().take(convert::limits::TEXT_BYTES).collect::<String>(),
+    )
 }
 
 async fn until(at: Option<Instant>) {

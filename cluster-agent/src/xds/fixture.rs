@@ -4,7 +4,6 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc};
 
 use isthmus_model::{
     availability::{Availability, Observations},
-    failover::FailoverPolicy,
     global::{ClusterInfo, ClusterState, Exporter, GlobalPort, GlobalService, GlobalSnapshot, Locality, Settings},
     ids::{ClusterIndex, ClusterName, Epoch, Revision, ServiceName, Stamp, VipIndex},
     local::{self, Endpoint, Inbound, LocalEndpoints},
@@ -56,7 +55,7 @@ pub(crate) fn view() -> View {
             stamp: Stamp { epoch: Epoch(1), revision: Revision(7) },
             federation: "isthmus.example".parse().unwrap(),
             federation_bundle: bundle("isthmus.example"),
-            settings: Settings { failover: FailoverPolicy::default() },
+            settings: Settings::default(),
             clusters: (1..)
                 .zip(CLUSTERS)
                 .map(|(i, (name, region))| (cluster(name), cluster_info(name, region, i)))
@@ -129,6 +128,7 @@ fn cluster_info(name: &str, region: &str, index: u16) -> ClusterInfo {
         state: ClusterState::Active,
         bundle: bundle(&format!("{name}.example")),
         gateways: Vec::new(),
+        grant: Default::default(),
     }
 }
 

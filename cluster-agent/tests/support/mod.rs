@@ -169,6 +169,7 @@ impl ControlPlane {
             state: ClusterState::Active,
             bundle,
             gateways: Vec::new(),
+            grant: Default::default(),
         };
         GlobalSnapshot {
             stamp: stamp(revision),

@@ -301,6 +301,7 @@ fn describe(place: usize, candidate: &Candidate) -> String {
         Eligibility::Ready => "ready",
         Eligibility::HoldDown { .. } => "hold-down",
         Eligibility::Unknown => "unknown",
+        Eligibility::Draining => "draining",
         Eligibility::Unreachable => "unreachable",
         Eligibility::NoEndpoints => "no-endpoints",
         Eligibility::Forbidden => "forbidden",

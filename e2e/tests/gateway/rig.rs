@@ -314,6 +314,7 @@ impl Facts {
                 state: ClusterState::Active,
                 bundle: no_bundle(&format!("{name}.example")),
                 gateways: gateways.iter().map(address).collect(),
+                grant: Default::default(),
             };
             (info.name.clone(), info)
         };

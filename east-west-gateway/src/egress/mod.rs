@@ -266,6 +266,14 @@ fn permit<'v>(core: &Core, view: &'v View, peer: &ClusterName, asked: &Asked) ->
         Err(Denied::ExporterInactive(_)) => {
             Err(Refusal::new(RejectReason::Forbidden, true, "this cluster is no active member"))
         }
+        Err(Denied::ImportNotGranted { .. }) => Err(Refusal::new(
+            RejectReason::Forbidden,
+            false,
+            "the grant of the peer's cluster does not let it import this",
+        )),
+        Err(Denied::ExportNotGranted { .. }) => {
+            Err(Refusal::new(RejectReason::Forbidden, true, "this cluster's grant does not let it export this"))
+        }
         Err(Denied::OutsideRegions { .. }) => {
             Err(Refusal::new(RejectReason::Forbidden, true, "policy keeps traffic out of this region"))
         }

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use isthmus_model::{global::ClusterState, ids::ClusterName};
+use isthmus_model::ids::ClusterName;
 use isthmus_runtime::net;
 use tokio::{net::TcpListener, time};
 use tokio_util::sync::CancellationToken;
@@ -140,7 +140,7 @@ fn wanted(core: &Core, view: &View) -> (BTreeSet<(ClusterName, u16)>, Vec<String
     let (mut wanted, mut problems) = (BTreeSet::new(), Vec::new());
     let Some(global) = &view.global else { return (wanted, problems) };
     let base = core.config.listen.pinned_port_base;
-    for c in global.clusters.values().filter(|c| c.state == ClusterState::Active && c.name != core.cluster) {
+    for c in global.clusters.values().filter(|c| c.state.is_member() && c.name != core.cluster) {
         match if base == 0 { Some(0) } else { base.checked_add(c.index.0) } {
             Some(port) => drop(wanted.insert((c.name.clone(), port))),
             None => problems.push(format!(

@@ -8,6 +8,7 @@ mod endpoints;
 mod evidence;
 mod feed;
 mod flood;
+mod grants;
 mod handover;
 mod limits;
 mod links;

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use isthmus_model::{global::ClusterState, ids::ClusterName, local::Transport};
+use isthmus_model::{ids::ClusterName, local::Transport};
 use quinn::Endpoint;
 
 use super::{
@@ -123,7 +123,7 @@ fn reach(peer: &Peer) {
 
 fn wanted(core: &Core, view: &View) -> BTreeMap<PeerKey, SocketAddr> {
     let Some(global) = &view.global else { return BTreeMap::new() };
-    let others = global.clusters.values().filter(|c| c.state == ClusterState::Active && c.name != core.cluster);
+    let others = global.clusters.values().filter(|c| c.state.is_member() && c.name != core.cluster);
     // Those that cannot be dialled dial us.
     let gateways = others.flat_map(|c| c.gateways.iter().map(move |g| (c, g)));
     gateways.filter_map(|(c, g)| Some(((c.name.clone(), g.name.clone()), g.tunnel?))).collect()

@@ -20,6 +20,18 @@ pub(super) struct ApiError {
     code: &'static str,
     message: String,
     field: Option<&'static str>,
+    problems: Vec<Place>,
+}
+
+/// One of the things that are wrong with what was sent.
+#[derive(Debug, Serialize)]
+pub(super) struct Place {
+    pub(super) file: String,
+    /// From 1; 0 if it is about the whole file.
+    pub(super) line: u64,
+    /// Dotted path; empty if not about one field.
+    pub(super) field: String,
+    pub(super) message: String,
 }
 
 #[derive(Serialize)]
@@ -33,33 +45,43 @@ struct Detail<'a> {
     message: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     field: Option<&'a str>,
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    problems: &'a [Place],
 }
 
 impl ApiError {
     /// Something in the request is wrong.
     pub(super) fn invalid(field: &'static str, message: impl Into<String>) -> Self {
-        Self { status: StatusCode::BAD_REQUEST, code: "invalid", message: message.into(), field: Some(field) }
+        Self { field: Some(field), ..Self::new(StatusCode::BAD_REQUEST, "invalid", message.into()) }
+    }
+
+    /// Several things in what was sent are wrong.
+    pub(super) fn problems(problems: Vec<Place>) -> Self {
+        let message = match problems.len() {
+            1 => "there is a problem; nothing was changed".to_owned(),
+            n => format!("there are {n} problems; nothing was changed"),
+        };
+        Self { problems, ..Self::new(StatusCode::BAD_REQUEST, "invalid", message) }
+    }
+
+    fn new(status: StatusCode, code: &'static str, message: String) -> Self {
+        Self { status, code, message, field: None, problems: Vec::new() }
     }
 
     /// What was named is not there.
     pub(super) fn not_found(message: impl Into<String>) -> Self {
-        Self { status: StatusCode::NOT_FOUND, code: "not_found", message: message.into(), field: None }
+        Self::new(StatusCode::NOT_FOUND, "not_found", message.into())
     }
 
     /// The path exists, but not with this method.
     pub(super) fn method(message: impl Into<String>) -> Self {
-        Self {
-            status: StatusCode::METHOD_NOT_ALLOWED,
-            code: "method_not_allowed",
-            message: message.into(),
-            field: None,
-        }
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message.into())
     }
 
     /// Not yet.
     pub(super) fn not_ready() -> Self {
         let message = "the control plane is not ready; try again in a moment".to_owned();
-        Self { status: StatusCode::SERVICE_UNAVAILABLE, code: "not_ready", message, field: None }
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message)
     }
 }
 
@@ -72,7 +94,7 @@ impl From<Rejection> for ApiError {
             RejectionKind::Exhausted => StatusCode::INSUFFICIENT_STORAGE,
             RejectionKind::NotReady => StatusCode::SERVICE_UNAVAILABLE,
         };
-        Self { status, code: rejection.code(), message: rejection.to_string(), field: None }
+        Self::new(status, rejection.code(), rejection.to_string())
     }
 }
 
@@ -86,7 +108,7 @@ impl From<ProposeError> for ApiError {
             ProposeError::Stopped(_) | ProposeError::NoAnswer => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
         tracing::error!(error = %chain(&error), "an administrator's change was not committed");
-        Self { status, code, message: error.to_string(), field: None }
+        Self::new(status, code, error.to_string())
     }
 }
 
@@ -96,13 +118,13 @@ impl From<ReadError> for ApiError {
             ReadError::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "no_leader"),
             ReadError::Stopped(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         };
-        Self { status, code, message: error.to_string(), field: None }
+        Self::new(status, code, error.to_string())
     }
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let detail = Detail { code: self.code, message: &self.message, field: self.field };
+        let detail = Detail { code: self.code, message: &self.message, field: self.field, problems: &self.problems };
         (self.status, Json(Body { error: detail })).into_response()
     }
 }

@@ -1,9 +1,12 @@
 //! The admin REST API, for `isthmusctl`: JSON over mutual TLS, for holders of an administrator's certificate.
 //!
-//! Every error is `{"error": {"code", "message", "field"?}}`, where the message says what to do.
+//! Every error is `{"error": {"code", "message", "field"?, "problems"?}}`, where the message says what to do, and each problem
+//! of what was sent has its file, line and field.
 
+mod clusters;
 mod credentials;
 mod error;
+mod resources;
 mod routes;
 
 use std::sync::Arc;

@@ -16,12 +16,13 @@ use isthmus_identity::{
 use isthmus_model::{
     availability::Report,
     global::{GlobalService, GlobalSnapshot, Settings},
+    grant::ClusterGrant,
     ids::{ClusterName, IdError, NodeName, Revision, Stamp},
     time::Timestamp,
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Admin, error::ApiError};
+use super::{Admin, clusters, error::ApiError, resources};
 use crate::{
     nodes::{reports, status::GroupStatus},
     state::{
@@ -48,6 +49,9 @@ const NO_CLUSTER: &str = "control-plane";
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct TokenRequest {
     ttl_seconds: Option<u64>,
+    /// Of a cluster's token: what it may do once it has joined.
+    #[serde(default)]
+    grant: Option<ClusterGrant>,
 }
 
 #[derive(Debug, Serialize)]
@@ -64,7 +68,7 @@ struct Revoked {
     stamp: Stamp,
 }
 
-type Answer<T> = Result<Json<T>, ApiError>;
+pub(super) type Answer<T> = Result<Json<T>, ApiError>;
 
 #[derive(Debug, Serialize)]
 struct Removed {
@@ -124,7 +128,7 @@ impl EventFilter {
 
 /// How new what is read must be.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Consistency {
+pub(super) enum Consistency {
     /// All that was acknowledged before the read, by whichever node.
     #[default]
     Linearizable,
@@ -149,6 +153,8 @@ pub(super) fn router(admin: Admin) -> Router {
         .route("/v1/nodes", get(nodes))
         .route("/v1/nodes/{name}", delete(remove_node))
         .route("/v1/nodes/{name}/join-token", post(node_token))
+        .merge(clusters::routes())
+        .merge(resources::routes())
         .fallback(async |uri: Uri| {
             ApiError::not_found(format!("there is no {}; is isthmusctl newer than this control plane?", uri.path()))
         })
@@ -166,7 +172,7 @@ async fn join_token(
     body: Bytes,
 ) -> Answer<TokenResponse> {
     let cluster = cluster_name(&name)?;
-    let ttl = ttl(&body)?;
+    let (ttl, grant) = token_request(&body)?;
     let now = Timestamp(isthmus_runtime::now());
     let expires_at = now + ttl;
     let token = Token::mint(TokenSpec {
@@ -181,7 +187,7 @@ async fn join_token(
     admin
         .proposer
         .by(actor(&peer))
-        .propose(Command::MintToken(MintToken { hash, cluster: cluster.clone(), expires_at, now }))
+        .propose(Command::MintToken(MintToken { hash, cluster: cluster.clone(), expires_at, grant, now }))
         .await?;
     tracing::info!(%cluster, by = %by(&peer), ttl_seconds = ttl.as_secs(), "join token minted");
     Ok(Json(TokenResponse { token: token.encode(), expires_at }))
@@ -317,7 +323,10 @@ async fn node_token(
     body: Bytes,
 ) -> Answer<TokenResponse> {
     let node = node_name(&name)?;
-    let ttl = ttl(&body)?;
+    let (ttl, grant) = token_request(&body)?;
+    if grant.is_some() {
+        return Err(ApiError::invalid("grant", "a node of the control plane has none"));
+    }
     let now = Timestamp(isthmus_runtime::now());
     let expires_at = now + ttl;
     let token = Token::mint(TokenSpec {
@@ -350,7 +359,7 @@ async fn remove_node(
 }
 
 impl Admin {
-    async fn wait(&self, consistency: Consistency) -> Result<(), ApiError> {
+    pub(super) async fn wait(&self, consistency: Consistency) -> Result<(), ApiError> {
         match consistency {
             Consistency::Linearizable => Ok(self.group.barrier().await?),
             Consistency::Stale => Ok(()),
@@ -415,14 +424,14 @@ fn node_name(text: &str) -> Result<NodeName, ApiError> {
     text.parse().map_err(|error: IdError| ApiError::invalid("name", error.to_string()))
 }
 
-fn cluster_name(text: &str) -> Result<ClusterName, ApiError> {
+pub(super) fn cluster_name(text: &str) -> Result<ClusterName, ApiError> {
     text.parse().map_err(|error: IdError| ApiError::invalid("name", error.to_string()))
 }
 
-/// From `{"ttlSeconds": n}`, or nothing for the default.
-fn ttl(body: &[u8]) -> Result<Duration, ApiError> {
+/// From `{"ttlSeconds": n, "grant": {…}}`, or nothing for the default.
+fn token_request(body: &[u8]) -> Result<(Duration, Option<ClusterGrant>), ApiError> {
     if body.is_empty() {
-        return Ok(TOKEN_TTL);
+        return Ok((TOKEN_TTL, None));
     }
     let request: TokenRequest = serde_json::from_slice(body)
         .map_err(|error| ApiError::invalid("body", format!("send {{\"ttlSeconds\": 900}} or nothing: {error}")))?;
@@ -430,13 +439,13 @@ fn ttl(body: &[u8]) -> Result<Duration, ApiError> {
     if ttl.is_zero() || ttl > MAX_TOKEN_TTL {
         return Err(ApiError::invalid("ttlSeconds", format!("use 1 to {}", MAX_TOKEN_TTL.as_secs())));
     }
-    Ok(ttl)
+    Ok((ttl, request.grant))
 }
 
 fn by(peer: &PeerInfo) -> String {
     actor(peer).who
 }
 
-fn actor(peer: &PeerInfo) -> Actor {
+pub(super) fn actor(peer: &PeerInfo) -> Actor {
     Actor { who: peer.id.as_ref().map(ToString::to_string).unwrap_or_default(), from: peer.remote.to_string() }
 }

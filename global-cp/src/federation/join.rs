@@ -9,6 +9,7 @@ use isthmus_api::{
 use isthmus_identity::{ca::csr_key_sha256, token::Token};
 use isthmus_model::{
     global::Locality,
+    grant::MemberRole,
     ids::{ClusterName, IdError},
     service::TrustBundle,
     time::Timestamp,
@@ -74,6 +75,20 @@ impl Shared {
                 return Err(ConvertError::new("role", "is not specified; use agent, gateway or dns").into());
             }
         };
+        let role = match component {
+            Component::Agent => None,
+            Component::Gateway => Some(MemberRole::Gateway),
+            Component::Dns => Some(MemberRole::Dns),
+        };
+        let global = self.global()?;
+        let granted = |role| global.active_cluster(cluster).is_some_and(|info| info.grant.roles.contains(&role));
+        if role.is_some_and(|role| !granted(role)) {
+            return Err(Status::permission_denied(format!(
+                "{cluster}'s grant does not let it run a {name}; add the role {name} to the grant \
+                 (isthmusctl get clustergrant {cluster} -o yaml)",
+                name = component.name()
+            )));
+        }
         let chain = self.authority.sign(&request.csr, cluster, component).map_err(|e| status_of_signing(&e))?;
         self.metrics.certificate(component.name());
         tracing::info!(%cluster, role = component.name(), "certificate signed");

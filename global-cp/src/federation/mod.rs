@@ -4,6 +4,7 @@
 //! certificate, never by what a message says. Nothing from an unauthenticated caller reaches the log before its token
 //! was checked. What is wrong is told in words that say what to do.
 
+pub(crate) mod clock;
 mod encoded;
 mod join;
 mod refusal;

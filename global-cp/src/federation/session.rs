@@ -14,7 +14,8 @@ use futures_util::{
 use isthmus_api::{
     convert::{self, ConvertError, Problem},
     proto::federation::v1::{
-        AgentMessage, ControlMessage, Hello, Nodes, Publish, Published, Refused, agent_message, control_message,
+        self as wire, AgentMessage, ControlMessage, Hello, Nodes, Publish, Published, Refused, agent_message,
+        control_message,
     },
 };
 use isthmus_model::{
@@ -33,7 +34,10 @@ use super::{
 use crate::{
     metrics::SessionCount,
     raft::ProposeError,
-    state::{Actor, Command, Content, Digest, Held, Publish as PublishCommand, Update, View, require_active},
+    state::{
+        Actor, Command, Content, Digest, ExportCondition, Held, Incarnation, Publish as PublishCommand, Update, View,
+        require_active,
+    },
     status::SessionGuard,
 };
 
@@ -98,6 +102,8 @@ struct Session {
     held: Option<Held>,
     /// Where the agent knows that nodes are.
     nodes: Vec<String>,
+    /// What the agent knows to be the matter with its exports.
+    conditions: Vec<ExportCondition>,
     /// Of the last publication; they grow.
     sequence: u64,
     /// The publication under way.
@@ -141,6 +147,7 @@ impl Session {
             shutdown,
             held,
             nodes: Vec::new(),
+            conditions: Vec::new(),
             sequence: 0,
             publishing: None,
             guard,
@@ -155,6 +162,9 @@ impl Session {
             }
             if let Some(nodes) = self.moved() {
                 return Ok(Some(nodes));
+            }
+            if let Some(conditions) = self.judged() {
+                return Ok(Some(conditions));
             }
             let idle = self.publishing.is_none();
             let publishing = async {
@@ -234,6 +244,22 @@ impl Session {
         Some(ControlMessage { kind: Some(control_message::Kind::Nodes(Nodes { addresses })) })
     }
 
+    /// What is the matter with the cluster's exports, if the agent does not know it.
+    fn judged(&mut self) -> Option<ControlMessage> {
+        let conditions = self.views.borrow().state().conditions(&self.cluster);
+        if conditions == self.conditions {
+            return None;
+        }
+        self.conditions.clone_from(&conditions);
+        let condition = |condition: ExportCondition| wire::ExportCondition {
+            service: condition.service.map(Into::into),
+            reason: condition.reason.label().to_owned(),
+            message: condition.message,
+        };
+        let conditions = wire::ExportConditions { conditions: conditions.into_iter().map(condition).collect() };
+        Some(ControlMessage { kind: Some(control_message::Kind::Conditions(conditions)) })
+    }
+
     fn receive(&mut self, message: AgentMessage) -> Result<(), Status> {
         self.guard.seen(Timestamp(isthmus_runtime::now()));
         match message.kind {
@@ -281,6 +307,8 @@ impl Shared {
     /// Commits what a cluster says of itself. An error ends the session; a refusal does not.
     async fn publish(self: Arc<Self>, cluster: ClusterName, by: Actor, publish: Publish) -> Answer {
         let sequence = publish.sequence;
+        // Of versions that know of none it is empty; of another length it is nobody's.
+        let incarnation = <[u8; 16]>::try_from(publish.incarnation.as_slice()).ok().map(Incarnation);
         let refused = |code, reason: String| {
             self.metrics.publication(code);
             tracing::warn!(%cluster, sequence, %reason, "publication refused");
@@ -296,11 +324,11 @@ impl Shared {
             .and_then(|publication| Publication::try_from(publication).map_err(|error| error.within("publication")));
         let kind = match parsed {
             Err(error) => refused("malformed", error.to_string()),
-            Ok(publication) => match self.unchanged(&cluster, &publication) {
+            Ok(publication) => match self.unchanged(&cluster, &publication, incarnation) {
                 Some(stamp) => published("unchanged", stamp),
                 None => {
                     let now = Timestamp(isthmus_runtime::now());
-                    let command = PublishCommand { cluster: cluster.clone(), publication, now };
+                    let command = PublishCommand { cluster: cluster.clone(), publication, incarnation, now };
                     match self.proposer.by(by).propose(Command::Publish(command)).await {
                         Ok(outcome) => {
                             tracing::info!(%cluster, sequence, stamp = %outcome.stamp, "publication committed");
@@ -320,9 +348,14 @@ impl Shared {
     }
 
     /// Where the state stands, if this publication would not move it.
-    fn unchanged(&self, cluster: &ClusterName, publication: &Publication) -> Option<Stamp> {
+    fn unchanged(
+        &self,
+        cluster: &ClusterName,
+        publication: &Publication,
+        incarnation: Option<Incarnation>,
+    ) -> Option<Stamp> {
         let view = self.views.borrow();
-        view.state().already_published(cluster, publication).then(|| view.state().stamp())
+        view.state().already_published(cluster, publication, incarnation).then(|| view.state().stamp())
     }
 }
 

@@ -50,6 +50,7 @@ impl Nodes {
         for _ in 0..ATTEMPTS {
             let bundle = self.bundle_with(&request.root)?;
             let admit = AdmitNode {
+                supports: request.supports.max(1),
                 hash,
                 root,
                 node: node.clone(),

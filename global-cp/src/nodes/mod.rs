@@ -6,6 +6,7 @@
 //! own CA, and the federation's bundle holds the roots of all.
 
 mod admission;
+pub(crate) mod agreement;
 pub(crate) mod membership;
 pub(crate) mod newcomer;
 pub(crate) mod reports;

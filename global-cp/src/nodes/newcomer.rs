@@ -103,6 +103,7 @@ pub(crate) async fn join(
         name: node.to_string(),
         address: address.to_owned(),
         root: authority.root_der().to_vec(),
+        supports: crate::state::SUPPORTED,
     };
     let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
     let mut why = String::new();

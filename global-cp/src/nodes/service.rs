@@ -2,12 +2,12 @@
 
 use isthmus_api::proto::peers::v1::{
     NodeJoinRequest, NodeJoinResponse, ProposalAnswers, Proposals, RaftMessage, ReadIndexRequest, ReadIndexResponse,
-    ReportsRequest, ReportsResponse, peers_server::Peers,
+    ReportsRequest, ReportsResponse, StateDigestsRequest, StateDigestsResponse, peers_server::Peers,
 };
 use isthmus_identity::grpc::PeerInfo;
 use tonic::{Request, Response, Status};
 
-use super::{Nodes, reports};
+use super::{Nodes, agreement, reports};
 use crate::{authority::node_of, raft::InboundError};
 
 impl Nodes {
@@ -82,6 +82,14 @@ impl Peers for Nodes {
     async fn reports(&self, request: Request<ReportsRequest>) -> Result<Response<ReportsResponse>, Status> {
         self.admit(request)?;
         Ok(Response::new(reports::own(&self.0.status)))
+    }
+
+    async fn state_digests(
+        &self,
+        request: Request<StateDigestsRequest>,
+    ) -> Result<Response<StateDigestsResponse>, Status> {
+        self.admit(request)?;
+        Ok(Response::new(agreement::own(&self.0.inbound.digests())))
     }
 
     async fn join(&self, request: Request<NodeJoinRequest>) -> Result<Response<NodeJoinResponse>, Status> {

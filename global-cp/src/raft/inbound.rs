@@ -5,6 +5,7 @@ use serde::de::DeserializeOwned;
 
 use super::{
     Group, NoIndex,
+    agreement::Digests,
     network::{FORMAT, json},
     proposer::NotHere,
 };
@@ -37,6 +38,10 @@ pub(crate) enum InboundError {
 impl Inbound {
     pub(crate) fn new(group: Group) -> Self {
         Self(group)
+    }
+
+    pub(crate) fn digests(&self) -> Digests {
+        self.0.digests()
     }
 
     pub(crate) async fn append_entries(&self, body: &[u8]) -> Result<Vec<u8>, InboundError> {

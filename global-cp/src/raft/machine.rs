@@ -11,10 +11,17 @@ use tokio::sync::watch;
 
 use super::{
     Peer, TypeConfig,
+    agreement::{Digests, EVERY, digest},
     log::any,
-    store::{PURGED, SNAPSHOT, Store, encode},
+    store::{PURGED, SNAPSHOT, Store, StoreError, encode},
 };
-use crate::state::{Answers, State, View};
+use crate::state::{Answers, SUPPORTED, State, View};
+
+/// Refuses a state of a level that this program does not know.
+fn supported(state: &State) -> Result<(), StoreError> {
+    let level = state.level();
+    if level > SUPPORTED { Err(StoreError::Level { level }) } else { Ok(()) }
+}
 
 type Meta = SnapshotMeta<u64, Peer>;
 
@@ -25,6 +32,7 @@ pub(super) struct Machine {
     applied: Option<LogId<u64>>,
     membership: StoredMembership<u64, Peer>,
     views: watch::Sender<View>,
+    digests: Digests,
 }
 
 /// The state at one moment, to be written as a snapshot.
@@ -44,9 +52,22 @@ impl Machine {
             None => Ok((Meta::default(), State::default())),
         };
         let (meta, state) = store.run(read).await.map_err(|error| StorageIOError::read_state_machine(any(&error)))?;
+        supported(&state).map_err(|error| StorageIOError::read_state_machine(any(&error)))?;
         let state = Arc::new(state);
         let (views, _) = watch::channel(View::new(state.clone()));
-        Ok(Self { store, state, applied: meta.last_log_id, membership: meta.last_membership, views })
+        Ok(Self {
+            store,
+            state,
+            applied: meta.last_log_id,
+            membership: meta.last_membership,
+            views,
+            digests: Digests::default(),
+        })
+    }
+
+    /// Of the state at some places of the log.
+    pub(super) fn digests(&self) -> Digests {
+        self.digests.clone()
     }
 
     /// The state as it changes. Slow readers miss steps, never the latest.
@@ -83,7 +104,13 @@ impl RaftStateMachine<TypeConfig> for Machine {
                     answers
                 }
             });
+            if entry.log_id.index.is_multiple_of(EVERY) {
+                let (digests, state, index) = (self.digests.clone(), self.state.clone(), entry.log_id.index);
+                // Nobody waits for it.
+                tokio::task::spawn_blocking(move || digests.remember(index, digest(&state)));
+            }
         }
+        supported(&self.state).map_err(|error| StorageIOError::write_state_machine(any(&error)))?;
         // Before the answers go out, so that whoever gets one sees its effect.
         self.views.send_modify(|view| view.advance(self.state.clone(), changes));
         Ok(responses)
@@ -105,6 +132,7 @@ impl RaftStateMachine<TypeConfig> for Machine {
         let record = meta.clone();
         let install = move |store: &Store| {
             let state: State = store.decode("the received snapshot", &bytes)?;
+            supported(&state)?;
             store.set_snapshot(&record, &bytes)?;
             Ok(state)
         };

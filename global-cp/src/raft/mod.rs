@@ -5,6 +5,7 @@
 //! acknowledged. Changes may be proposed, and reads made to see all that was acknowledged before ([`Group::barrier`]), on
 //! any node: what only the leader can do is asked of it.
 
+mod agreement;
 mod inbound;
 mod journal;
 mod log;
@@ -30,15 +31,16 @@ use tokio::{
     time::{Instant, sleep, timeout_at},
 };
 
-pub(crate) use self::{
-    inbound::{Inbound, InboundError},
-    network::MAX_PEER_MESSAGE,
-};
 pub use self::{
+    agreement::{Digests, StateDigest, Verdict, judge},
     journal::{JournalError, TooLongWrite},
     network::{NoChannel, Peer, Peers},
     proposer::{ProposeError, Proposer},
     store::{Store, StoreError},
+};
+pub(crate) use self::{
+    inbound::{Inbound, InboundError},
+    network::MAX_PEER_MESSAGE,
 };
 use self::{log::LogStore, machine::Machine};
 use crate::state::{Actor, Answers, Batch, View};
@@ -73,6 +75,7 @@ pub struct Group {
     peers: Peers,
     views: watch::Receiver<View>,
     began_alone: bool,
+    digests: Digests,
 }
 
 /// Which node this is, and how it came to the group.
@@ -134,7 +137,7 @@ impl Group {
     /// Starts the engine on `store`. The founding node forms a group of one if there is none; others wait to be called.
     pub async fn start(store: Store, own: Own, peers: Peers, snapshot_after: u64) -> Result<Self, StartError> {
         let machine = Machine::load(store.clone()).await.map_err(StartError::Read)?;
-        let views = machine.views();
+        let (views, digests) = (machine.views(), machine.digests());
         let config = RaftConfig {
             cluster_name: "isthmus".to_owned(),
             // Also the time that a follower has to flush what it is sent.
@@ -158,7 +161,7 @@ impl Group {
         let id = own.id;
         let alone = raft.with_raft_state(move |state| state.membership_state.effective().voter_ids().eq([id]));
         let began_alone = alone.await.map_err(StartError::Engine)?;
-        let group = Self { raft, peers, views, began_alone };
+        let group = Self { raft, peers, views, began_alone, digests };
         if began_alone {
             let settled = |m: &EngineMetrics| {
                 m.current_leader == Some(own.id) && m.last_applied.map(|id| id.index) >= m.last_log_index
@@ -167,6 +170,11 @@ impl Group {
             wait.metrics(settled, "lead, with everything applied").await.map_err(StartError::NoLeader)?;
         }
         Ok(group)
+    }
+
+    /// Of this node's state at some places of the log.
+    pub fn digests(&self) -> Digests {
+        self.digests.clone()
     }
 
     /// Whether no other node was needed for anything when it started.

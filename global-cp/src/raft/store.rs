@@ -111,6 +111,16 @@ pub enum StoreError {
         /// How that shows.
         why: String,
     },
+    /// The other nodes have gone on.
+    #[error(
+        "the control plane has reached feature level {level}, but this program supports {} at most: install the version of \
+         the other nodes",
+        crate::state::SUPPORTED
+    )]
+    Level {
+        /// Of the state.
+        level: u32,
+    },
     /// The blocking thread ended early.
     #[error("the store's thread ended before it answered")]
     Thread,

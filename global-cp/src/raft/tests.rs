@@ -160,7 +160,7 @@ fn bundle() -> Command {
 fn mint(i: u8) -> Command {
     let (expires_at, now) = (Timestamp(1000), Timestamp(1));
     let cluster = "us-east".parse().unwrap();
-    Command::MintToken(MintToken { hash: TokenHash([i; 32]), cluster, expires_at, now })
+    Command::MintToken(MintToken { hash: TokenHash([i; 32]), cluster, expires_at, grant: None, now })
 }
 
 /// A group of one, which dials nobody.
@@ -339,4 +339,45 @@ async fn a_disk_that_refuses_stops_the_engine_and_nothing_is_acknowledged() {
     let fatal = timeout(Duration::from_secs(5), group.failure()).await.unwrap();
     assert!(matches!(fatal, openraft::error::Fatal::StorageError(_)), "{fatal}");
     assert_eq!(*group.views().borrow().state(), before);
+}
+
+#[tokio::test]
+async fn a_replayed_log_gives_the_same_state_at_the_same_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let group = start(dir.path(), 100_000).await;
+    let proposer = group.proposer(&Tasks::new(), Actor::default());
+    proposer.propose(bundle()).await.unwrap();
+    for i in 0..20 {
+        proposer.propose(mint(i)).await.unwrap();
+    }
+    let taken = async |group: &Group| {
+        let digests = group.digests();
+        let all = async {
+            while digests.all().len() < 2 {
+                tokio::task::yield_now().await;
+            }
+        };
+        timeout(Duration::from_secs(10), all).await.expect("digests are taken");
+        digests.all()
+    };
+    let before = taken(&group).await;
+    group.stop().await;
+    drop((group, proposer));
+    let group = start(dir.path(), 100_000).await;
+    let after = taken(&group).await;
+    let (first, digest) = before.first_key_value().unwrap();
+    assert_eq!(after.get(first), Some(digest), "{before:?} {after:?}");
+    assert_ne!(before.values().next(), before.values().nth(1), "another state, another digest");
+    group.stop().await;
+}
+
+#[tokio::test]
+async fn a_state_of_a_level_that_this_program_does_not_know_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(dir.path(), SEGMENT).unwrap();
+    let later = serde_json::json!({ "level": crate::state::SUPPORTED + 1, "clock": 0, "global": null, "members": {},
+        "tokens": {}, "vips": { "last": 0, "quarantine": [] }, "last_cluster_index": 0 });
+    store.set_snapshot(&openraft::SnapshotMeta::<u64, Peer>::default(), &store::encode(&later)).unwrap();
+    let error = Machine::load(store).await.map(|_| ()).unwrap_err();
+    assert!(error.to_string().contains("install the version of the other nodes"), "{error}");
 }

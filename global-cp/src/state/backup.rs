@@ -145,6 +145,7 @@ impl State {
             clock: self.clock.max(backup.clock),
             global: Some(Arc::new(GlobalSnapshot { stamp, federation_bundle: bundle, ..(**held).clone() })),
             tokens: BTreeMap::new(),
+            level: self.level.max(backup.level),
             nodes: self.nodes.clone(),
             remembered: self.remembered.clone(),
             // What was done to this control plane; what was done to that one is in the backup.

@@ -3,6 +3,7 @@
 
 use isthmus_model::{
     global::{Locality, Settings},
+    grant::ClusterGrant,
     ids::{ClusterName, NodeName, Revision, ServiceName, SpiffeId, Stamp, TrustDomain},
     service::{Publication, TrustBundle},
     time::Timestamp,
@@ -10,7 +11,11 @@ use isthmus_model::{
 use serde::{Deserialize, Serialize};
 
 use super::State;
-use super::nodes::{AdmitNode, MintNodeToken, SetNode};
+use super::{
+    incarnation::Incarnation,
+    nodes::{AdmitNode, MintNodeToken, SetNode},
+    resources::Apply,
+};
 
 /// SHA-256 of a join token's secret. The secret itself is never stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -47,6 +52,25 @@ pub enum Command {
         /// Which.
         cluster: ClusterName,
     },
+    /// Takes other clusters' traffic off a cluster, or lets it come again.
+    Drain {
+        /// Which.
+        cluster: ClusterName,
+        /// Off it, or on again.
+        drain: bool,
+    },
+    /// Believes a withdrawal of many exports, which was held.
+    ConfirmWithdrawal {
+        /// Whose.
+        cluster: ClusterName,
+    },
+    /// Proposed when something is due that only time brings (see [`State::due`]).
+    PassTime {
+        /// When it was proposed.
+        now: Timestamp,
+    },
+    /// Creates, changes and deletes resources, all or none.
+    Apply(Apply),
     /// Registers a token for a new node of the control plane.
     MintNodeToken(MintNodeToken),
     /// Makes the bearer of such a token a node, and its root one of the federation's.
@@ -63,6 +87,11 @@ pub enum Command {
         /// Which.
         to: Revision,
     },
+    /// Lets commands be used that need this feature level.
+    RaiseLevel {
+        /// To which.
+        to: u32,
+    },
     /// Takes over what a backup held, in a new epoch. Only while no cluster has joined.
     Restore(Box<State>),
     /// Starts the next epoch: members take the state whole, whatever they hold of this one.
@@ -78,6 +107,9 @@ pub struct MintToken {
     pub cluster: ClusterName,
     /// From then on it is worthless.
     pub expires_at: Timestamp,
+    /// What the cluster may do once it has joined with it; `None`: the default, or, if it is a member, what it may already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grant: Option<ClusterGrant>,
     /// When it was proposed.
     pub now: Timestamp,
 }
@@ -107,6 +139,9 @@ pub struct Publish {
     pub cluster: ClusterName,
     /// Replaces the one before.
     pub publication: Publication,
+    /// Of the agent that publishes; `None` from versions that know of none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub incarnation: Option<Incarnation>,
     /// When it was proposed.
     pub now: Timestamp,
 }
@@ -189,6 +224,27 @@ pub enum Rejection {
     /// A cluster speaks only for itself.
     #[error("export {service} names identity {identity}, which is outside the cluster's trust domain {trust_domain}")]
     ForeignIdentity { service: ServiceName, identity: SpiffeId, trust_domain: TrustDomain },
+    /// Somebody else publishes for the cluster now.
+    #[error(
+        "another agent publishes as cluster {cluster} and took over from this one: two installations claim to be the same \
+         cluster; stop one of them (a copied machine or state folder needs a name and a join token of its own), and restart \
+         the agent that is to go on"
+    )]
+    Fenced { cluster: ClusterName },
+    /// Its program is too old.
+    #[error(
+        "node {node} runs a program that supports feature level {supports}, but level {level} is needed; upgrade it to the \
+         version of the other nodes"
+    )]
+    NotSupported { node: NodeName, supports: u32, level: u32 },
+    /// Changed meanwhile.
+    #[error(
+        "{resource} was changed meanwhile: it is at version {version} now, not {expected}; look at it again and repeat"
+    )]
+    VersionConflict { resource: String, version: Revision, expected: Revision },
+    /// Not there.
+    #[error("there is no {resource}")]
+    UnknownResource { resource: String },
     /// No node token has this secret.
     #[error(
         "the token is unknown (mistyped, or of another federation, or long ago); mint a new one: isthmusctl cp add {node}"
@@ -260,15 +316,19 @@ impl Rejection {
             | Self::UnknownNodeToken { .. }
             | Self::NodeTokenExpired { .. }
             | Self::NodeTokenUsed { .. }
+            | Self::Fenced { .. }
             | Self::TokenForAnotherNode { .. } => RejectionKind::Denied,
             Self::UnknownCluster { .. }
             | Self::UnknownNode { .. }
+            | Self::UnknownResource { .. }
             | Self::FutureRevision { .. }
             | Self::ForgottenRevision { .. } => RejectionKind::NotFound,
             Self::TrustDomainTaken { .. }
             | Self::TrustDomainFixed { .. }
             | Self::NodeExists { .. }
             | Self::LastNode { .. }
+            | Self::NotSupported { .. }
+            | Self::VersionConflict { .. }
             | Self::NotEmpty { .. } => RejectionKind::Conflict,
             Self::Bundle { .. } | Self::ForeignIdentity { .. } | Self::Malformed { .. } => RejectionKind::Invalid,
             Self::TooMany { .. } => RejectionKind::Exhausted,
@@ -291,6 +351,10 @@ impl Rejection {
             Self::TrustDomainFixed { .. } => "trust_domain_fixed",
             Self::Bundle { .. } => "bundle_refused",
             Self::ForeignIdentity { .. } => "foreign_identity",
+            Self::Fenced { .. } => "fenced",
+            Self::NotSupported { .. } => "not_supported",
+            Self::VersionConflict { .. } => "version_conflict",
+            Self::UnknownResource { .. } => "unknown_resource",
             Self::UnknownNodeToken { .. } => "unknown_node_token",
             Self::NodeTokenExpired { .. } => "node_token_expired",
             Self::NodeTokenUsed { .. } => "node_token_used",

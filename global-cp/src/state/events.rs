@@ -104,12 +104,18 @@ impl Command {
             Self::Join(join) => ("join", join.cluster.to_string()),
             Self::Publish(publish) => ("publish", publish.cluster.to_string()),
             Self::Revoke { cluster } => ("revoke", cluster.to_string()),
+            Self::Drain { cluster, drain: true } => ("drain", cluster.to_string()),
+            Self::Drain { cluster, drain: false } => ("undrain", cluster.to_string()),
+            Self::ConfirmWithdrawal { cluster } => ("confirm-withdrawal", cluster.to_string()),
+            Self::PassTime { .. } => ("pass-time", String::new()),
+            Self::Apply(apply) => ("apply", apply.describe()),
             Self::MintNodeToken(mint) => ("mint-node-token", mint.node.to_string()),
             Self::AdmitNode(admit) => ("admit-node", admit.node.to_string()),
             Self::SetNode(set) => ("set-node", set.node.to_string()),
             Self::RemoveNode { node } => ("remove-node", node.to_string()),
             Self::Restore(backup) => ("restore", backup.stamp().to_string()),
             Self::Rollback { to } => ("rollback", to.to_string()),
+            Self::RaiseLevel { to } => ("raise-level", to.to_string()),
             Self::StartEpoch => ("start-epoch", String::new()),
         }
     }

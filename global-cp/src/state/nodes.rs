@@ -42,6 +42,9 @@ pub struct AdmitNode {
     pub address: String,
     /// The federation's, with the node's root.
     pub bundle: TrustBundle,
+    /// The highest feature level that its program supports.
+    #[serde(default = "first_level")]
+    pub supports: u32,
     /// When it was proposed.
     pub now: Timestamp,
 }
@@ -55,6 +58,9 @@ pub struct SetNode {
     pub node: NodeName,
     /// "host:port" where the other nodes dial it.
     pub address: String,
+    /// The highest feature level that its program supports.
+    #[serde(default = "first_level")]
+    pub supports: u32,
     /// When it was proposed.
     pub now: Timestamp,
 }
@@ -69,6 +75,14 @@ pub struct NodeInfo {
     pub address: String,
     /// When it became one.
     pub joined_at: Timestamp,
+    /// The highest feature level that its program supports, as far as it has said.
+    #[serde(default = "first_level")]
+    pub supports: u32,
+}
+
+/// Of programs that say nothing of levels.
+fn first_level() -> u32 {
+    1
 }
 
 /// All nodes, and what there is to admit more.
@@ -144,10 +158,15 @@ impl State {
             within("control plane nodes", self.nodes.present.len() + 1, MAX_NODES)?;
         }
         let (id, joined_at) = held.map_or((self.nodes.last_id + 1, now), |held| (held.id, held.joined_at));
+        if admit.supports < self.level() {
+            let (node, supports, level) = (admit.node.clone(), admit.supports, self.level());
+            return Err(Rejection::NotSupported { node, supports, level });
+        }
         let change = self.set_federation_bundle(&admit.bundle)?;
         self.clock = now;
         self.nodes.last_id = self.nodes.last_id.max(id);
-        self.nodes.present.insert(admit.node.clone(), NodeInfo { id, address: admit.address.clone(), joined_at });
+        let info = NodeInfo { id, address: admit.address.clone(), joined_at, supports: admit.supports };
+        self.nodes.present.insert(admit.node.clone(), info);
         if let Some(grant) = self.nodes.tokens.get_mut(&admit.hash) {
             grant.used_at = grant.used_at.or(Some(now));
             grant.used_by = Some(admit.root);
@@ -165,7 +184,7 @@ impl State {
         let joined_at = held.map_or(now, |held| held.joined_at);
         self.clock = now;
         self.nodes.last_id = self.nodes.last_id.max(set.id);
-        let info = NodeInfo { id: set.id, address: set.address.clone(), joined_at };
+        let info = NodeInfo { id: set.id, address: set.address.clone(), joined_at, supports: set.supports };
         self.nodes.present.insert(set.node.clone(), info);
         Ok(Change::default())
     }

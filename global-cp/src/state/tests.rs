@@ -10,13 +10,18 @@ use isthmus_identity::{bundle::BundleDocument, ca::CertificateAuthority};
 use isthmus_model::{
     failover::FailoverPolicy,
     global::{GlobalService, GlobalSnapshot, Locality, Settings},
+    grant::{ClusterGrant, Namespaces},
     ids::{TrustDomain, VipIndex},
-    service::{AppProtocol, GatewayAddress, ServiceKind, ServicePort, TrustBundle},
+    merge::merge,
+    service::{AppProtocol, Export, GatewayAddress, Publication, ServiceKind, ServicePort, TrustBundle},
 };
 use proptest::prelude::*;
 
 use super::*;
 
+mod declared;
+mod exports;
+mod levels;
 mod views;
 
 const CLUSTERS: [&str; 3] = ["us-east", "us-west", "eu-central"];
@@ -66,7 +71,13 @@ fn hash(token: u8) -> TokenHash {
 
 fn mint(token: u8, name: &str, now: u64) -> Command {
     let expires_at = Timestamp(now + 1000);
-    Command::MintToken(MintToken { hash: hash(token), cluster: cluster(name), expires_at, now: Timestamp(now) })
+    Command::MintToken(MintToken {
+        hash: hash(token),
+        cluster: cluster(name),
+        expires_at,
+        grant: None,
+        now: Timestamp(now),
+    })
 }
 
 fn join_with(token: u8, name: &str, bundle: TrustBundle, now: u64) -> Command {
@@ -99,7 +110,31 @@ fn publication(of: &str, exports: Vec<Export>) -> Publication {
 }
 
 fn publish(of: &str, publication: Publication, now: Timestamp) -> Command {
-    Command::Publish(Publish { cluster: cluster(of), publication, now })
+    Command::Publish(Publish { cluster: cluster(of), publication, incarnation: None, now })
+}
+
+fn grant(of: &str, grant: ClusterGrant) -> Command {
+    let resource = Resource::ClusterGrant(cluster(of), grant);
+    Command::Apply(Apply { writes: vec![Write::Put { resource, expected: None }] })
+}
+
+/// May export of these namespaces alone.
+fn exporting(namespaces: &[&str]) -> ClusterGrant {
+    let namespaces = namespaces.iter().map(|name| name.parse().unwrap()).collect();
+    ClusterGrant { export_namespaces: Namespaces::Only(namespaces), ..ClusterGrant::default() }
+}
+
+/// The merge of all that members say, made anew.
+fn merged_anew(state: &State) -> BTreeMap<ServiceName, GlobalService> {
+    let mut all: BTreeMap<&ServiceName, BTreeMap<&ClusterName, &Export>> = BTreeMap::new();
+    for (cluster, member) in &state.members {
+        let info = &global(state).clusters[cluster];
+        for (name, claim) in member.exports.iter().filter(|(name, _)| info.grant.may_export(&name.namespace)) {
+            all.entry(name).or_default().insert(cluster, &claim.export);
+        }
+    }
+    let index = |name: &ServiceName| global(state).services.get(name).map_or(VipIndex(0), |service| service.index);
+    all.into_iter().map(|(name, exports)| (name.clone(), merge(name, index(name), &exports).unwrap())).collect()
 }
 
 /// What a member holds that got it from this node.
@@ -300,10 +335,10 @@ fn a_bundle_with_a_root_of_another_trust_domain_is_refused() {
 fn a_publication_that_changes_nothing_keeps_the_revision() {
     let mut state = joined();
     let same = || publication("us-east", vec![export("us-east", "cart", 5, 80), export("us-east", "web", 6, 80)]);
-    assert!(!state.already_published(&cluster("us-east"), &same()));
+    assert!(!state.already_published(&cluster("us-east"), &same(), None));
     let first = accept(&mut state, publish("us-east", same(), LATER));
     assert!(first.changed);
-    assert!(state.already_published(&cluster("us-east"), &same()));
+    assert!(state.already_published(&cluster("us-east"), &same(), None));
     let second = accept(&mut state, publish("us-east", same(), Timestamp(LATER.0 + 1)));
     assert_eq!((second.changed, second.stamp), (false, first.stamp));
 }
@@ -341,8 +376,8 @@ fn withdrawn_services_disappear_and_returning_ones_get_their_vip_back() {
 #[test]
 fn settings_change_the_revision_once() {
     let mut state = founded();
-    let settings =
-        Settings { failover: FailoverPolicy { hold_down: Duration::from_secs(3), ..FailoverPolicy::default() } };
+    let failover = FailoverPolicy { hold_down: Duration::from_secs(3), ..FailoverPolicy::default() };
+    let settings = Settings { failover, ..Settings::default() };
     assert!(accept(&mut state, Command::SetSettings { settings: settings.clone() }).changed);
     assert!(!accept(&mut state, Command::SetSettings { settings: settings.clone() }).changed);
     assert_eq!(global(&state).settings, settings);
@@ -353,6 +388,7 @@ fn settings_change_the_revision_once() {
 enum Step {
     Publish { of: usize, exports: BTreeMap<usize, (u64, u16)> },
     Revoke { of: usize },
+    Grant { of: usize, shop: bool },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -360,12 +396,15 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         12 => (0..CLUSTERS.len(), exports).prop_map(|(of, exports)| Step::Publish { of, exports }),
         1 => (0..CLUSTERS.len()).prop_map(|of| Step::Revoke { of }),
+        3 => (0..CLUSTERS.len(), any::<bool>()).prop_map(|(of, shop)| Step::Grant { of, shop }),
     ]
 }
 
 fn command(step: &Step) -> Command {
     match step {
         Step::Revoke { of } => Command::Revoke { cluster: cluster(CLUSTERS[*of]) },
+        Step::Grant { of, shop: true } => grant(CLUSTERS[*of], ClusterGrant::default()),
+        Step::Grant { of, shop: false } => grant(CLUSTERS[*of], exporting(&["pay"])),
         Step::Publish { of, exports } => {
             let of = CLUSTERS[*of];
             let exports = exports.iter().map(|(s, (at, port))| export(of, SERVICES[*s], *at, *port)).collect();
@@ -389,6 +428,7 @@ proptest! {
             let now = global(&state);
             prop_assert_eq!(change.is_some(), now.stamp != before, "{:?}", response);
             prop_assert!(now.check().is_ok(), "{:?}", now.check());
+            prop_assert_eq!(&now.services, &merged_anew(&state), "only what was touched is merged, as if all were");
             for (name, info) in &now.clusters {
                 prop_assert_eq!(clusters.get(name), Some(&info.index));
             }

@@ -75,6 +75,8 @@ pub(crate) struct Change {
     pub(super) settings: bool,
     pub(super) clusters: BTreeSet<ClusterName>,
     pub(super) services: BTreeSet<ServiceName>,
+    /// Something that members do not see.
+    pub(super) declared: bool,
 }
 
 /// The last changes, newest at the back. Kept in memory only: after a restart members that missed something get a
@@ -167,7 +169,17 @@ impl View {
 }
 
 impl Change {
-    /// Does any member see it?
+    /// Both, as one.
+    pub(super) fn extend(&mut self, other: Self) {
+        self.epoch |= other.epoch;
+        self.bundle |= other.bundle;
+        self.settings |= other.settings;
+        self.clusters.extend(other.clusters);
+        self.services.extend(other.services);
+        self.declared |= other.declared;
+    }
+
+    /// Is it nothing, for members and operators?
     pub(super) fn is_empty(&self) -> bool {
         *self == Self::default()
     }

@@ -60,6 +60,7 @@ pub(crate) struct Agent {
     pub(crate) cluster: String,
     pub(crate) ca: CertificateAuthority,
     key: KeyPair,
+    pub(crate) incarnation: [u8; 16],
 }
 
 /// An agent's open session.
@@ -159,17 +160,34 @@ impl Admin {
     }
 
     pub(crate) async fn try_call(&self, method: &str, path: &str, body: &str) -> anyhow::Result<(StatusCode, Value)> {
+        let (status, bytes) = self.transfer(method, path, body.to_owned()).await?;
+        Ok((status, serde_json::from_slice(&bytes)?))
+    }
+
+    /// With bodies as they are.
+    pub(crate) async fn transfer(
+        &self,
+        method: &str,
+        path: &str,
+        body: impl Into<Bytes>,
+    ) -> anyhow::Result<(StatusCode, Bytes)> {
         let tcp = TcpStream::connect(self.address).await?;
         let name = ServerName::try_from("127.0.0.1")?;
         let tls = TlsConnector::from(self.tls.clone()).connect(name, tcp).await?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(tls)).await?;
         let driver = tokio::spawn(connection);
         let request = Request::builder().method(method).uri(path).header("host", "cp");
-        let answer = sender.send_request(request.body(Full::new(Bytes::from(body.to_owned())))?).await?;
+        let answer = sender.send_request(request.body(Full::new(body.into()))?).await?;
         let status = answer.status();
         let bytes = answer.into_body().collect().await?.to_bytes();
         driver.abort();
-        Ok((status, serde_json::from_slice(&bytes)?))
+        Ok((status, bytes))
+    }
+
+    /// Puts this YAML in force.
+    pub(crate) async fn apply(&self, yaml: &str) -> (StatusCode, Value) {
+        let body = serde_json::json!({ "files": [{ "name": "test.yaml", "text": yaml }] });
+        self.call("POST", "/v1/apply", &body.to_string()).await
     }
 }
 
@@ -177,7 +195,7 @@ impl Agent {
     pub(crate) fn new(cluster: &str) -> Self {
         let domain = format!("{cluster}.example").parse().unwrap();
         let ca = CertificateAuthority::create(&domain, Duration::from_secs(86_400)).unwrap();
-        Self { cluster: cluster.to_owned(), ca, key: KeyPair::generate().unwrap() }
+        Self { cluster: cluster.to_owned(), ca, key: KeyPair::generate().unwrap(), incarnation: [1; 16] }
     }
 
     /// As an agent does: over TLS that trusts only the root that the token pins.
@@ -225,7 +243,7 @@ impl Agent {
             }],
             bundle: Some((&self.ca.bundle()).into()),
         };
-        let publish = pb::Publish { sequence, publication: Some(publication) };
+        let publish = pb::Publish { sequence, publication: Some(publication), incarnation: self.incarnation.to_vec() };
         AgentMessage { kind: Some(agent_message::Kind::Publish(publish)) }
     }
 }
@@ -295,8 +313,22 @@ impl Session {
     pub(crate) async fn answer(&mut self) -> control_message::Kind {
         loop {
             match self.next().await.unwrap() {
-                control_message::Kind::Delta(_) | control_message::Kind::Snapshot(_) => {}
+                control_message::Kind::Delta(_)
+                | control_message::Kind::Snapshot(_)
+                | control_message::Kind::Conditions(_) => {}
                 answer => return answer,
+            }
+        }
+    }
+
+    /// The next word of what is the matter with the cluster's exports, each as "service reason".
+    pub(crate) async fn conditions(&mut self) -> Vec<String> {
+        loop {
+            if let control_message::Kind::Conditions(told) = self.next().await.unwrap() {
+                let service = |service: Option<common::ServiceName>| {
+                    service.map_or_else(String::new, |service| format!("{}/{} ", service.namespace, service.name))
+                };
+                return told.conditions.into_iter().map(|c| service(c.service) + &c.reason).collect();
             }
         }
     }

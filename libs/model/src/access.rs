@@ -2,12 +2,12 @@
 //!
 //! In: the federation's state, the caller's cluster (at the far side from the peer's certificate, never from what it says),
 //! the cluster that is to answer, the service and the port. Out: the service and its port, or why not. A caller that is no
-//! active member learns nothing else. It looks at intent alone (membership, exports, policy): whether anyone is there to
+//! active member learns nothing else. It looks at intent alone (membership, exports, grants, policy): whether anyone is there to
 //! answer is [`crate::failover::choose`]'s matter, which never calls usable what is denied here.
 
 use crate::{
-    global::{GlobalPort, GlobalService, GlobalSnapshot},
-    ids::{ClusterName, Region, ServiceName},
+    global::{ClusterInfo, GlobalPort, GlobalService, GlobalSnapshot},
+    ids::{ClusterName, Namespace, Region, ServiceName},
 };
 
 /// A port of a service, used from one cluster and answered by another, or by the same.
@@ -57,6 +57,22 @@ pub enum Denied {
     /// The exporter is revoked.
     #[error("{0}, which was to answer, is no active member of the federation")]
     ExporterInactive(ClusterName),
+    /// The caller's grant leaves the namespace out.
+    #[error("{caller}'s grant does not let it import services of namespace {namespace}")]
+    ImportNotGranted {
+        /// Who calls.
+        caller: ClusterName,
+        /// Of the service.
+        namespace: Namespace,
+    },
+    /// The exporter's grant leaves the namespace out.
+    #[error("{exporter}'s grant does not let it export services of namespace {namespace}")]
+    ExportNotGranted {
+        /// Who was to answer.
+        exporter: ClusterName,
+        /// Of the service.
+        namespace: Namespace,
+    },
     /// A region that policy keeps traffic out of; an unknown one is outside every boundary.
     #[error("{exporter} is in region {region:?}, which is outside the regions that traffic may enter")]
     OutsideRegions {
@@ -76,22 +92,28 @@ impl Denied {
             Self::UnknownPort(..) => "unknown_port",
             Self::NotExported { .. } => "not_exported",
             Self::ExporterInactive(_) => "exporter_inactive",
+            Self::ImportNotGranted { .. } => "import_not_granted",
+            Self::ExportNotGranted { .. } => "export_not_granted",
             Self::OutsideRegions { .. } => "outside_regions",
         }
     }
 
     /// Another exporter might be permitted where this one is not.
     pub fn retry_elsewhere(&self) -> bool {
-        matches!(self, Self::NotExported { .. } | Self::ExporterInactive(_) | Self::OutsideRegions { .. })
+        matches!(
+            self,
+            Self::NotExported { .. }
+                | Self::ExporterInactive(_)
+                | Self::ExportNotGranted { .. }
+                | Self::OutsideRegions { .. }
+        )
     }
 }
 
 /// May `what` be used, by the state `global`?
 pub fn may_use<'g>(global: &'g GlobalSnapshot, what: &Use<'_>) -> Result<Permitted<'g>, Denied> {
     let Use { caller, exporter, service: name, port: number } = *what;
-    if global.active_cluster(caller).is_none() {
-        return Err(Denied::CallerInactive(caller.clone()));
-    }
+    let here = global.active_cluster(caller).ok_or_else(|| Denied::CallerInactive(caller.clone()))?;
     let service = global.services.get(name).ok_or_else(|| Denied::UnknownService(name.clone()))?;
     let port = service.ports.iter().find(|p| p.port.number == number);
     let port = port.ok_or_else(|| Denied::UnknownPort(name.clone(), number))?;
@@ -99,10 +121,23 @@ pub fn may_use<'g>(global: &'g GlobalSnapshot, what: &Use<'_>) -> Result<Permitt
         return Err(Denied::NotExported { exporter: exporter.clone(), service: name.clone(), port: number });
     }
     let there = global.active_cluster(exporter).ok_or_else(|| Denied::ExporterInactive(exporter.clone()))?;
+    granted(here, there, &name.namespace)?;
     if !global.settings.failover.allows(&there.locality.region) {
         return Err(Denied::OutsideRegions { exporter: exporter.clone(), region: there.locality.region.clone() });
     }
     Ok(Permitted { service, port })
+}
+
+/// Do the grants of both let `caller` use services of `namespace` that `exporter` exports? What a cluster exports it may
+/// itself use.
+pub fn granted(caller: &ClusterInfo, exporter: &ClusterInfo, namespace: &Namespace) -> Result<(), Denied> {
+    if caller.name != exporter.name && !caller.grant.may_import(namespace) {
+        return Err(Denied::ImportNotGranted { caller: caller.name.clone(), namespace: namespace.clone() });
+    }
+    if !exporter.grant.may_export(namespace) {
+        return Err(Denied::ExportNotGranted { exporter: exporter.name.clone(), namespace: namespace.clone() });
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use crate::{
     availability::{Availability, Observations},
     failover::{self, Eligibility, FailoverPolicy},
     global::{ClusterInfo, ClusterState, Exporter, Locality, Settings},
+    grant::{ClusterGrant, Namespaces},
     ids::{ClusterIndex, Stamp, VipIndex},
     service::{AppProtocol, ServiceKind, ServicePort, TrustBundle},
     time::Timestamp,
@@ -19,8 +20,8 @@ const REGIONS: [&str; 3] = ["us", "eu", ""];
 const PORTS: [u16; 3] = [80, 81, 82];
 
 /// A federation, in numbers: per cluster (region, active); per port of shop/cart who exposes it (bit by bit), 0: nobody;
-/// who exports it; which regions are allowed.
-type World = (Vec<(usize, bool)>, [u8; 3], u8, Option<Vec<usize>>);
+/// who exports it; which regions are allowed; who may export and who may import services of the namespace shop.
+type World = (Vec<(usize, bool)>, [u8; 3], u8, Option<Vec<usize>>, [u8; 2]);
 
 fn name(i: usize) -> ClusterName {
     NAMES[i].parse().unwrap()
@@ -34,7 +35,12 @@ fn members(bits: u8) -> impl Iterator<Item = ClusterName> {
     (0..NAMES.len()).filter(move |i| bits & (1 << i) != 0).map(name)
 }
 
-fn federation((clusters, ports, exporters, allowed): &World) -> GlobalSnapshot {
+fn namespaces(bits: u8, i: usize) -> Namespaces {
+    let shop = ["shop".parse().unwrap()];
+    if bits & (1 << i) != 0 { Namespaces::Only(shop.into()) } else { Namespaces::Only([].into()) }
+}
+
+fn federation((clusters, ports, exporters, allowed, grants): &World) -> GlobalSnapshot {
     let bundle = |domain: &str| TrustBundle {
         trust_domain: domain.parse().unwrap(),
         document: "{}".to_owned(),
@@ -47,6 +53,11 @@ fn federation((clusters, ports, exporters, allowed): &World) -> GlobalSnapshot {
         state: if *active { ClusterState::Active } else { ClusterState::Revoked },
         bundle: bundle(&format!("{}.example", NAMES[i])),
         gateways: vec![],
+        grant: ClusterGrant {
+            export_namespaces: namespaces(grants[0], i),
+            import_namespaces: namespaces(grants[1], i),
+            ..ClusterGrant::default()
+        },
     };
     let port = |(number, bits): (&u16, &u8)| GlobalPort {
         port: ServicePort { name: format!("p{number}").parse().unwrap(), number: *number, protocol: AppProtocol::Tcp },
@@ -66,7 +77,10 @@ fn federation((clusters, ports, exporters, allowed): &World) -> GlobalSnapshot {
         stamp: Stamp::default(),
         federation: "isthmus.example".parse().unwrap(),
         federation_bundle: bundle("isthmus.example"),
-        settings: Settings { failover: FailoverPolicy { allowed_regions, ..FailoverPolicy::default() } },
+        settings: Settings {
+            failover: FailoverPolicy { allowed_regions, ..FailoverPolicy::default() },
+            ..Settings::default()
+        },
         clusters: clusters.iter().enumerate().map(info).map(|c| (c.name.clone(), c)).collect(),
         services: BTreeMap::from([(cart(), service)]),
     }
@@ -74,7 +88,7 @@ fn federation((clusters, ports, exporters, allowed): &World) -> GlobalSnapshot {
 
 /// Everyone active, two in "us", one in "eu", one in no known region; port 80 of all, 81 of us-west alone.
 fn all() -> World {
-    (vec![(0, true), (0, true), (1, true), (2, true)], [15, 2, 0], 15, None)
+    (vec![(0, true), (0, true), (1, true), (2, true)], [15, 2, 0], 15, None, [15, 15])
 }
 
 fn ask(world: &World, caller: &str, exporter: &str, service: &str, port: u16) -> Result<u16, Denied> {
@@ -125,6 +139,37 @@ fn a_region_boundary_holds_for_the_exporter_and_an_unknown_region_is_outside_it(
 }
 
 #[test]
+fn a_grant_bounds_what_others_use_of_a_cluster_and_what_it_uses_of_others() {
+    let mut world = all();
+    world.4 = [0b1110, 0b1101];
+    assert_eq!(label(&world, "us-west", "us-east", "shop/cart", 80), "import_not_granted");
+    assert_eq!(label(&world, "eu-central", "us-east", "shop/cart", 80), "export_not_granted");
+    assert_eq!(label(&world, "us-west", "us-west", "shop/cart", 80), "permitted", "its own, it may use");
+    assert_eq!(label(&world, "us-east", "us-east", "shop/cart", 80), "export_not_granted");
+}
+
+#[test]
+fn a_member_keeps_of_a_state_what_grants_allow() {
+    let mut world = all();
+    world.4 = [0b1110, 0b1101];
+    let kept = |own: &str| {
+        let mut global = federation(&world);
+        global.keep_to_grants(&own.parse().unwrap());
+        global.check().unwrap();
+        global.services.get(&cart()).map(|service| {
+            let ports: Vec<usize> = service.ports.iter().map(|port| port.clusters.len()).collect();
+            (service.exporters.keys().map(ToString::to_string).collect::<Vec<_>>().join(" "), ports)
+        })
+    };
+    assert_eq!(kept("eu-central"), Some(("ap-south eu-central us-west".to_owned(), vec![3, 1])));
+    assert_eq!(kept("us-west"), Some(("us-west".to_owned(), vec![1, 1])), "it imports nothing");
+    world.4 = [0b0001, 0b0000];
+    let mut global = federation(&world);
+    global.keep_to_grants(&"us-west".parse().unwrap());
+    assert!(global.services.is_empty());
+}
+
+#[test]
 fn a_stranger_learns_nothing_of_what_there_is() {
     for service in ["shop/cart", "shop/none"] {
         let denied = ask(&all(), "never-joined", "us-west", service, 80).unwrap_err();
@@ -136,7 +181,9 @@ fn a_stranger_learns_nothing_of_what_there_is() {
 fn any_world() -> impl Strategy<Value = World> {
     let clusters = proptest::collection::vec((0..REGIONS.len(), any::<bool>()), 0..=NAMES.len());
     let allowed = proptest::option::of(proptest::collection::vec(0..REGIONS.len(), 0..3));
-    (clusters, [0..16u8, 0..16, 0..16], 0..16u8, allowed)
+    // Mostly granted, or most worlds would be denied for that alone.
+    let grants = [prop_oneof![3 => Just(15), 1 => 0..16u8], prop_oneof![3 => Just(15), 1 => 0..16u8]];
+    (clusters, [0..16u8, 0..16, 0..16], 0..16u8, allowed, grants)
 }
 
 proptest! {
@@ -145,7 +192,7 @@ proptest! {
     fn what_is_permitted_is_what_no_rule_speaks_against(
         world in any_world(), caller in 0..NAMES.len(), exporter in 0..NAMES.len(), port in 0..PORTS.len(),
     ) {
-        let (clusters, ports, exporters, allowed) = &world;
+        let (clusters, ports, exporters, allowed, grants) = &world;
         let active = |i: usize| clusters.get(i).is_some_and(|(_, active)| *active);
         let inside = |i: usize| match (allowed, clusters.get(i)) {
             (None, _) => true,
@@ -156,6 +203,8 @@ proptest! {
             && active(exporter)
             && exporters & (1 << exporter) != 0
             && ports[port] & (1 << exporter) != 0
+            && grants[0] & (1 << exporter) != 0
+            && (caller == exporter || grants[1] & (1 << caller) != 0)
             && inside(exporter);
         let answer = ask(&world, NAMES[caller], NAMES[exporter], "shop/cart", PORTS[port]);
         prop_assert_eq!(answer.is_ok(), expected, "{:?}", answer);

@@ -9,9 +9,10 @@ use std::{collections::BTreeSet, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    access::granted,
     availability::{Observation, Observations},
     global::{ClusterInfo, ClusterState, GlobalService, GlobalSnapshot},
-    ids::{ClusterName, Region},
+    ids::{ClusterName, Region, ServiceName},
     time::Timestamp,
 };
 
@@ -66,11 +67,14 @@ pub enum Eligibility {
     },
     /// Nothing reported yet; tried after all that is known to work.
     Unknown,
+    /// Healthy or not known to be otherwise, but an operator wants other clusters' traffic off it: used only when nothing
+    /// else can be.
+    Draining,
     /// No working tunnel leads there.
     Unreachable,
     /// Reachable, but no endpoint is ready.
     NoEndpoints,
-    /// Outside the policy's regions, or revoked: never used.
+    /// Outside the policy's regions or a grant, or revoked: never used.
     Forbidden,
 }
 
@@ -90,7 +94,7 @@ pub struct Candidate {
 /// All exporters of `service` that expose port `port` (any port if `None`), best first.
 ///
 /// `caller` must be a cluster of `global`, else every tier is [`Tier::Any`]. Order: by [`Eligibility`] (`Ready`,
-/// `HoldDown`, `Unknown`, then what may not be used), then tier, then name. So the first one is the destination if it is
+/// `HoldDown`, `Unknown`, `Draining`, then what may not be used), then tier, then name. So the first one is the destination if it is
 /// [`Candidate::usable`], and nothing may be used if it is not. A cluster that nobody has spoken of yet (`Unknown`, as
 /// all are when a process starts) is tried when nothing better is known: starting never cuts traffic off.
 pub fn choose(
@@ -107,10 +111,11 @@ pub fn choose(
         .map(|name| {
             let info = global.clusters.get(name);
             let tier = tier(caller, info);
-            let (eligibility, why) = match forbidden(name, info, policy) {
+            let (eligibility, why) = match forbidden(name, info, caller, (&service.name, policy)) {
                 Some(why) => (Eligibility::Forbidden, why),
                 None => {
                     let (eligibility, state) = eligibility(observed.find(&service.name, name), policy, now);
+                    let (eligibility, state) = drained(info, tier, eligibility, state);
                     (eligibility, format!("{}, {state}", place(tier, info)))
                 }
             };
@@ -127,9 +132,12 @@ pub fn next_change(candidates: &[Candidate]) -> Option<Timestamp> {
 }
 
 impl Candidate {
-    /// May a connection be tried here at all? `HoldDown` and `Unknown` may, in their place in the order.
+    /// May a connection be tried here at all? `HoldDown`, `Unknown` and `Draining` may, in their place in the order.
     pub fn usable(&self) -> bool {
-        matches!(self.eligibility, Eligibility::Ready | Eligibility::HoldDown { .. } | Eligibility::Unknown)
+        match self.eligibility {
+            Eligibility::Ready | Eligibility::HoldDown { .. } | Eligibility::Unknown | Eligibility::Draining => true,
+            Eligibility::Unreachable | Eligibility::NoEndpoints | Eligibility::Forbidden => false,
+        }
     }
 
     /// When its hold-down ends, if it is in one.
@@ -146,9 +154,10 @@ impl Candidate {
             Eligibility::Ready => 0,
             Eligibility::HoldDown { .. } => 1,
             Eligibility::Unknown => 2,
-            Eligibility::Unreachable => 3,
-            Eligibility::NoEndpoints => 4,
-            Eligibility::Forbidden => 5,
+            Eligibility::Draining => 3,
+            Eligibility::Unreachable => 4,
+            Eligibility::NoEndpoints => 5,
+            Eligibility::Forbidden => 6,
         };
         (class, self.tier, &self.cluster)
     }
@@ -177,12 +186,22 @@ fn tier(caller: Option<&ClusterInfo>, candidate: Option<&ClusterInfo>) -> Tier {
 }
 
 /// Why `cluster` may never be used, if so. An unknown region is outside any boundary.
-fn forbidden(cluster: &ClusterName, info: Option<&ClusterInfo>, policy: &FailoverPolicy) -> Option<String> {
+fn forbidden(
+    cluster: &ClusterName,
+    info: Option<&ClusterInfo>,
+    caller: Option<&ClusterInfo>,
+    (service, policy): (&ServiceName, &FailoverPolicy),
+) -> Option<String> {
     let Some(info) = info else {
         return Some(format!("{cluster} is not a cluster of the federation"));
     };
     if info.state == ClusterState::Revoked {
         return Some(format!("{cluster} is revoked"));
+    }
+    if let Some(caller) = caller
+        && let Err(denied) = granted(caller, info, &service.namespace)
+    {
+        return Some(denied.to_string());
     }
     let allowed = policy.allowed_regions.as_ref()?;
     if policy.allows(&info.locality.region) {
@@ -215,6 +234,17 @@ fn eligibility(observation: Option<&Observation>, policy: &FailoverPolicy, now: 
             (Eligibility::HoldDown { until }, why)
         }
         _ => (Eligibility::Ready, endpoints),
+    }
+}
+
+/// What becomes of a usable cluster that drains, for callers elsewhere.
+fn drained(info: Option<&ClusterInfo>, tier: Tier, eligibility: Eligibility, state: String) -> (Eligibility, String) {
+    let drains = info.is_some_and(|info| info.state == ClusterState::Draining) && tier != Tier::LocalCluster;
+    match eligibility {
+        Eligibility::Ready | Eligibility::HoldDown { .. } | Eligibility::Unknown if drains => {
+            (Eligibility::Draining, format!("draining, {state}"))
+        }
+        eligibility => (eligibility, state),
     }
 }
 

@@ -42,6 +42,7 @@ fn world() -> World {
         state: ClusterState::Active,
         bundle: bundle(&format!("{name}.example")),
         gateways: vec![],
+        grant: Default::default(),
     };
     let clusters: BTreeMap<_, _> =
         CLUSTERS.iter().enumerate().map(|(i, c)| (c.0.parse().unwrap(), info(i, c))).collect();
@@ -61,7 +62,7 @@ fn world() -> World {
             stamp: Stamp::default(),
             federation: "isthmus.example".parse().unwrap(),
             federation_bundle: bundle("isthmus.example"),
-            settings: Settings { failover: policy },
+            settings: Settings { failover: policy, ..Settings::default() },
             clusters,
             services: BTreeMap::new(),
         },
@@ -118,6 +119,24 @@ fn dead_clusters_go_behind_unknown_ones_and_are_unusable() {
     assert_eq!(world.order(10), ["eu-central", "us-west", "nowhere", "us-near", "us-east"]);
     let usable: Vec<_> = world.choose(10).iter().map(Candidate::usable).collect();
     assert_eq!(usable, [true, true, true, false, false]);
+}
+
+#[test]
+fn a_draining_cluster_is_the_last_resort_of_others_and_no_different_for_its_own_callers() {
+    let mut world = world();
+    world.see_all(UP);
+    world.cluster("us-near").state = ClusterState::Draining;
+    world.see("nowhere", LOST, 1);
+    assert_eq!(world.order(10), ["us-east", "us-west", "eu-central", "us-near", "nowhere"]);
+    let draining = world.of("us-near", 10);
+    assert!(draining.usable() && draining.eligibility == Eligibility::Draining);
+    assert_eq!(draining.reason, "same zone us-1, draining, 2 of 2 endpoints ready");
+    world.see("us-near", EMPTY, 20);
+    assert_eq!(world.of("us-near", 30).eligibility, Eligibility::NoEndpoints, "nobody is there all the same");
+
+    world.cluster("us-near").state = ClusterState::Active;
+    world.cluster("us-east").state = ClusterState::Draining;
+    assert_eq!(world.of("us-east", 10).eligibility, Eligibility::Ready, "its own callers stay");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     failover::FailoverPolicy,
+    grant::ClusterGrant,
     ids::{ClusterIndex, ClusterName, Region, ServiceName, SpiffeId, Stamp, TrustDomain, VipIndex, Zone},
     service::{GatewayAddress, ServiceKind, ServicePort, TrustBundle},
     time::Timestamp,
@@ -25,6 +26,9 @@ pub struct Locality {
 pub enum ClusterState {
     /// A member.
     Active,
+    /// A member whose exports get no new traffic from other clusters as long as anybody else can take it. Its own callers
+    /// stay.
+    Draining,
     /// Cut off for good; kept so that every member knows to refuse it.
     Revoked,
 }
@@ -40,6 +44,9 @@ pub struct ClusterInfo {
     pub locality: Locality,
     /// Member or revoked.
     pub state: ClusterState,
+    /// What it may do.
+    #[serde(default)]
+    pub grant: ClusterGrant,
     /// Its own trust domain's bundle.
     pub bundle: TrustBundle,
     /// And where their tunnels are dialled.
@@ -97,6 +104,54 @@ pub struct Settings {
     /// For services without a policy of their own.
     #[serde(default)]
     pub failover: FailoverPolicy,
+    /// When a cluster withdraws many exports at once.
+    #[serde(default)]
+    pub withdrawals: WithdrawalPolicy,
+}
+
+/// What happens when a cluster withdraws many exports at once, which is an accident more often than a wish: they stay until
+/// the withdrawal is confirmed, by an operator or by time. Traffic follows availability meanwhile, as ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct WithdrawalPolicy {
+    /// Whether they are held at all.
+    pub hold: bool,
+    /// Only of a cluster that has more exports than this,
+    pub above_exports: u32,
+    /// and only if more than this share of them goes, in per cent.
+    pub above_percent: u32,
+    /// Milliseconds until it counts as confirmed; `None`: only an operator confirms.
+    pub confirm_after_ms: Option<u64>,
+}
+
+impl Settings {
+    /// What is wrong with them that their types cannot say: the field's path, and what to write.
+    pub fn problems(&self) -> Vec<(&'static str, String)> {
+        let mut problems = Vec::new();
+        if self.withdrawals.above_percent > 100 {
+            let message = format!("{} is more than 100; use 0 to 100", self.withdrawals.above_percent);
+            problems.push(("withdrawals.abovePercent", message));
+        }
+        if self.withdrawals.confirm_after_ms == Some(0) {
+            let message = "0 would confirm at once; write hold: false for that, or null for never".to_owned();
+            problems.push(("withdrawals.confirmAfterMs", message));
+        }
+        problems
+    }
+}
+
+impl Default for WithdrawalPolicy {
+    fn default() -> Self {
+        Self { hold: true, above_exports: 10, above_percent: 50, confirm_after_ms: Some(600_000) }
+    }
+}
+
+impl WithdrawalPolicy {
+    /// Is it to be held that a cluster withdraws `gone` of its `held` exports at once?
+    pub fn holds(&self, held: usize, gone: usize) -> bool {
+        let (above_exports, above_percent) = (self.above_exports as usize, self.above_percent as usize);
+        self.hold && held > above_exports && gone.saturating_mul(100) > held.saturating_mul(above_percent)
+    }
 }
 
 /// The whole state that members consume.
@@ -170,6 +225,25 @@ pub enum InconsistentError {
     ForeignIdentity(ClusterName, SpiffeId),
 }
 
+impl ClusterState {
+    /// Does such a cluster take part?
+    pub fn is_member(self) -> bool {
+        match self {
+            Self::Active | Self::Draining => true,
+            Self::Revoked => false,
+        }
+    }
+
+    /// As tables print it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Draining => "draining",
+            Self::Revoked => "revoked",
+        }
+    }
+}
+
 impl GlobalSnapshot {
     /// Clusters that one state may hold, revoked ones included.
     pub const MAX_CLUSTERS: usize = 4_096;
@@ -228,13 +302,13 @@ impl GlobalSnapshot {
         });
     }
 
-    /// Checks what no single entry shows: of the active clusters, indexes are unique and each trust domain has one owner
+    /// Checks what no single entry shows: of the members, indexes are unique and each trust domain has one owner
     /// (a revoked one uses neither, and may be known here only from an earlier state); exporters are known and name only
     /// identities of their own trust domain.
     pub fn check(&self) -> Result<(), InconsistentError> {
         let mut indexes = BTreeSet::new();
         let mut domains = BTreeSet::from([&self.federation]);
-        for cluster in self.clusters.values().filter(|c| c.state == ClusterState::Active) {
+        for cluster in self.clusters.values().filter(|c| c.state.is_member()) {
             if !indexes.insert(cluster.index) {
                 return Err(InconsistentError::ClusterIndexTwice(cluster.index));
             }
@@ -270,7 +344,7 @@ impl GlobalSnapshot {
 
     /// The cluster, if it is a member in good standing.
     pub fn active_cluster(&self, name: &ClusterName) -> Option<&ClusterInfo> {
-        self.clusters.get(name).filter(|c| c.state == ClusterState::Active)
+        self.clusters.get(name).filter(|c| c.state.is_member())
     }
 }
 

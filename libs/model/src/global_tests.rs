@@ -25,6 +25,7 @@ fn cluster(index: u16, document: u8) -> ClusterInfo {
         state: if document == 0 { ClusterState::Revoked } else { ClusterState::Active },
         bundle: bundle(&format!("c{index}.example"), document),
         gateways: vec![],
+        grant: Default::default(),
     }
 }
 

@@ -8,6 +8,7 @@ pub mod access;
 pub mod availability;
 pub mod failover;
 pub mod global;
+pub mod grant;
 pub mod ids;
 pub mod local;
 pub mod merge;

@@ -69,6 +69,7 @@ fn cluster((index, name): (u16, &str)) -> (ClusterName, ClusterInfo) {
         state: ClusterState::Active,
         bundle,
         gateways: Vec::new(),
+        grant: Default::default(),
     };
     (name, info)
 }

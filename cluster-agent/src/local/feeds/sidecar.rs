@@ -7,12 +7,7 @@ use isthmus_api::proto::local::v1::{
     sidecar_update,
 };
 use isthmus_identity::bundle::BundleDocument;
-use isthmus_model::{
-    global::{ClusterState, GlobalSnapshot},
-    ids::SpiffeId,
-    local,
-    service::TrustBundle,
-};
+use isthmus_model::{global::GlobalSnapshot, ids::SpiffeId, local, service::TrustBundle};
 use tokio::sync::{mpsc::Sender, watch};
 use tonic::{Status, Streaming};
 
@@ -148,7 +143,7 @@ impl Stream<'_> {
 /// The roots of every active cluster, and always of our own. The federation's root is not among them: workloads talk to
 /// workloads.
 fn trust_set(global: &GlobalSnapshot, own: &TrustBundle) -> TrustSet {
-    let active = global.clusters.values().filter(|c| c.state == ClusterState::Active).map(|c| &c.bundle);
+    let active = global.clusters.values().filter(|c| c.state.is_member()).map(|c| &c.bundle);
     let by_domain: BTreeMap<_, _> = active.chain([own]).map(|bundle| (&bundle.trust_domain, bundle)).collect();
     let domain = |(name, bundle): (_, &TrustBundle)| {
         // What cannot be parsed was reported when it was admitted.

@@ -2,8 +2,11 @@ use std::time::Duration;
 
 use isthmus_identity::ca::CertificateAuthority;
 use isthmus_model::{
-    global::{ClusterInfo, ClusterState, Locality, Settings},
-    ids::{ClusterIndex, Epoch, Revision},
+    global::{ClusterInfo, ClusterState, Exporter, GlobalService, Locality, Settings},
+    grant::{ClusterGrant, Namespaces},
+    ids::{ClusterIndex, Epoch, Revision, ServiceName, VipIndex},
+    service::ServiceKind,
+    time::Timestamp,
 };
 
 use super::*;
@@ -31,6 +34,7 @@ fn cluster(name: &str, index: u16, bundle: TrustBundle) -> (ClusterName, Cluster
         state: ClusterState::Active,
         bundle,
         gateways: Vec::new(),
+        grant: Default::default(),
     };
     (name, info)
 }
@@ -231,4 +235,44 @@ fn pins_saved_before_revocations_were_kept_can_be_read() {
     let mut json = serde_json::to_value(f.admitted()).unwrap();
     json.as_object_mut().unwrap().remove("revoked");
     assert_eq!(serde_json::from_value::<Pins>(json).unwrap(), f.admitted());
+}
+
+#[test]
+fn exports_outside_grants_are_not_taken_over() {
+    let f = Fixture::new();
+    let mut raw = f.raw.clone();
+    let export = |name: &str, exporters: &[&str]| {
+        let exporter = |cluster: &&str| {
+            let exporter = Exporter { created_at: Timestamp(1), identities: [].into() };
+            (cluster.parse().unwrap(), exporter)
+        };
+        let name: ServiceName = name.parse().unwrap();
+        let exporters = exporters.iter().map(exporter).collect();
+        let index = VipIndex(name.name().len() as u32);
+        let service = GlobalService {
+            name: name.clone(),
+            index,
+            kind: ServiceKind::ClusterSetIp,
+            ports: Vec::new(),
+            exporters,
+            conflicts: Vec::new(),
+        };
+        (name, service)
+    };
+    raw.services =
+        [export("shop/a", &["us-east", "us-west"]), export("pay/bb", &["us-west"]), export("ops/ccc", &["us-west"])]
+            .into();
+    let only = |namespaces: &[&str]| Namespaces::Only(namespaces.iter().map(|name| name.parse().unwrap()).collect());
+    let grant = |raw: &mut GlobalSnapshot, of: &str, grant| {
+        raw.clusters.get_mut(of.parse::<ClusterName>().as_ref().unwrap()).unwrap().grant = grant;
+    };
+    grant(&mut raw, "us-west", ClusterGrant { export_namespaces: only(&["pay", "ops"]), ..ClusterGrant::default() });
+    grant(&mut raw, "us-east", ClusterGrant { import_namespaces: only(&["shop", "pay"]), ..ClusterGrant::default() });
+    let admitted = f.admit(&raw, &f.pins).unwrap().snapshot;
+    let kept: Vec<String> = admitted
+        .services
+        .values()
+        .map(|s| format!("{} of {}", s.name, s.exporters.keys().map(ToString::to_string).collect::<Vec<_>>().join(" ")))
+        .collect();
+    assert_eq!(kept, ["pay/bb of us-west", "shop/a of us-east"]);
 }

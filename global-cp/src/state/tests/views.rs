@@ -61,7 +61,8 @@ fn a_member_behind_the_window_gets_a_snapshot() {
     let start = state.stamp();
     for i in 0..1100_u64 {
         let hold_down = Duration::from_millis(i + 1);
-        let settings = Settings { failover: FailoverPolicy { hold_down, ..FailoverPolicy::default() } };
+        let failover = FailoverPolicy { hold_down, ..FailoverPolicy::default() };
+        let settings = Settings { failover, ..Settings::default() };
         let (_, change) = state.apply(&Command::SetSettings { settings });
         view.advance(Arc::new(state.clone()), change);
     }

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, time::Duration};
 use isthmus_model::{
     availability::{Availability, Report},
     failover::FailoverPolicy,
-    global::{Locality, Settings},
+    global::{Locality, Settings, WithdrawalPolicy},
     ids::{Epoch, Region, Revision, ServiceName, Stamp, check_label},
     service::{AppProtocol, GatewayAddress, ServiceKind, ServicePort, TrustBundle},
     time::Timestamp,
@@ -248,13 +248,38 @@ impl TryFrom<pb::Settings> for Settings {
     type Error = ConvertError;
 
     fn try_from(p: pb::Settings) -> Result<Self> {
-        Ok(Self { failover: optional("failover", p.failover)?.unwrap_or_default() })
+        Ok(Self {
+            failover: optional("failover", p.failover)?.unwrap_or_default(),
+            withdrawals: p.withdrawals.map(Into::into).unwrap_or_default(),
+        })
     }
 }
 
 impl From<&Settings> for pb::Settings {
     fn from(s: &Settings) -> Self {
-        Self { failover: Some((&s.failover).into()) }
+        Self { failover: Some((&s.failover).into()), withdrawals: Some(s.withdrawals.into()) }
+    }
+}
+
+impl From<pb::WithdrawalPolicy> for WithdrawalPolicy {
+    fn from(p: pb::WithdrawalPolicy) -> Self {
+        Self {
+            hold: p.hold,
+            above_exports: p.above_exports,
+            above_percent: p.above_percent,
+            confirm_after_ms: (p.confirm_after_ms > 0).then_some(p.confirm_after_ms),
+        }
+    }
+}
+
+impl From<WithdrawalPolicy> for pb::WithdrawalPolicy {
+    fn from(p: WithdrawalPolicy) -> Self {
+        Self {
+            hold: p.hold,
+            above_exports: p.above_exports,
+            above_percent: p.above_percent,
+            confirm_after_ms: p.confirm_after_ms.unwrap_or_default(),
+        }
     }
 }
 

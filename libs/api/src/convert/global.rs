@@ -110,6 +110,7 @@ impl TryFrom<pb::ClusterInfo> for ClusterInfo {
         let index = u16::try_from(p.index).ok().filter(|i| *i > 0);
         let state = match known::<pb::ClusterState>("state", p.state)? {
             pb::ClusterState::Active => ClusterState::Active,
+            pb::ClusterState::Draining => ClusterState::Draining,
             pb::ClusterState::Revoked => ClusterState::Revoked,
             pb::ClusterState::Unspecified => return Err(ConvertError::new("state", "is not specified")),
         };
@@ -122,6 +123,7 @@ impl TryFrom<pb::ClusterInfo> for ClusterInfo {
             state,
             bundle: required("bundle", p.bundle)?,
             gateways: gateways("gateways", p.gateways)?,
+            grant: optional("grant", p.grant)?.unwrap_or_default(),
         })
     }
 }
@@ -130,6 +132,7 @@ impl From<&ClusterInfo> for pb::ClusterInfo {
     fn from(c: &ClusterInfo) -> Self {
         let state = match c.state {
             ClusterState::Active => pb::ClusterState::Active,
+            ClusterState::Draining => pb::ClusterState::Draining,
             ClusterState::Revoked => pb::ClusterState::Revoked,
         };
         Self {
@@ -139,6 +142,7 @@ impl From<&ClusterInfo> for pb::ClusterInfo {
             state: state.into(),
             bundle: Some((&c.bundle).into()),
             gateways: c.gateways.iter().map(Into::into).collect(),
+            grant: Some((&c.grant).into()),
         }
     }
 }

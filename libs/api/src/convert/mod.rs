@@ -8,6 +8,7 @@
 mod common;
 mod federation;
 mod global;
+mod grant;
 mod local;
 
 pub use federation::{ConsumerKind, ConsumerStatus, Problem, Status};
@@ -34,6 +35,8 @@ pub mod limits {
     pub const CONFLICTS: usize = 4_096;
     /// Gateways of one cluster.
     pub const GATEWAYS: usize = 64;
+    /// Namespaces of a grant.
+    pub const NAMESPACES: usize = 10_000;
     /// Regions of a policy.
     pub const REGIONS: usize = 256;
     /// Endpoints of one service in one cluster.

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, time::Duration};
 use isthmus_model::{
     availability::{Availability, Report},
     failover::FailoverPolicy,
-    global::{ClusterInfo, ClusterState, Conflict, GlobalDelta, GlobalSnapshot, Locality, Settings},
+    global::{ClusterInfo, ClusterState, Conflict, GlobalDelta, GlobalSnapshot, Locality, Settings, WithdrawalPolicy},
+    grant::{ClusterGrant, GrantLimits, MemberRole, Namespaces},
     ids::{ClusterIndex, ClusterName, Epoch, Revision, ServiceName, Stamp, VipIndex},
     local::{Endpoint, Inbound, LocalEndpoints, LocalGateway, Sidecar, Transport, TunnelReport, TunnelState},
     merge::merge,
@@ -59,6 +60,19 @@ fn publication((cluster, age, headless, ports): &Said) -> Publication {
     }
 }
 
+fn grant(number: u8) -> ClusterGrant {
+    match number % 3 {
+        0 => ClusterGrant::default(),
+        1 => ClusterGrant {
+            export_namespaces: Namespaces::Only(["shop".parse().unwrap()].into()),
+            import_namespaces: Namespaces::Only([].into()),
+            roles: [MemberRole::Dns, MemberRole::ConfigSource].into(),
+            limits: GrantLimits { exports: Some(7), gateways: Some(0) },
+        },
+        _ => ClusterGrant { roles: [].into(), ..ClusterGrant::default() },
+    }
+}
+
 fn snapshot(said: &[Said], hold_down: u64, regions: Option<Vec<String>>) -> GlobalSnapshot {
     let publications: BTreeMap<ClusterName, (u8, Publication)> =
         said.iter().map(|s| (format!("c{}", s.0).parse().unwrap(), (s.0, publication(s)))).collect();
@@ -66,9 +80,10 @@ fn snapshot(said: &[Said], hold_down: u64, regions: Option<Vec<String>>) -> Glob
         name: name.clone(),
         index: ClusterIndex(u16::from(*number) + 1),
         locality: Locality { region: "us".parse().unwrap(), zone: "".parse().unwrap() },
-        state: if number % 2 == 0 { ClusterState::Active } else { ClusterState::Revoked },
+        state: [ClusterState::Active, ClusterState::Revoked, ClusterState::Draining][usize::from(number % 3)],
         bundle: p.bundle.clone(),
         gateways: p.gateways.clone(),
+        grant: grant(*number),
     };
     let exports = publications.iter().map(|(c, (_, p))| (c, p.exports.values().next().unwrap())).collect();
     let service = merge(&ServiceName::new("shop", "cart").unwrap(), VipIndex(9), &exports);
@@ -79,6 +94,12 @@ fn snapshot(said: &[Said], hold_down: u64, regions: Option<Vec<String>>) -> Glob
         federation_bundle: bundle("isthmus.example"),
         settings: Settings {
             failover: FailoverPolicy { hold_down: Duration::from_millis(hold_down), allowed_regions },
+            withdrawals: WithdrawalPolicy {
+                hold: hold_down.is_multiple_of(2),
+                above_exports: said.len() as u32,
+                above_percent: 7,
+                confirm_after_ms: Some(hold_down).filter(|ms| ms % 3 != 0),
+            },
         },
         clusters: publications.iter().map(info).map(|i| (i.name.clone(), i)).collect(),
         services: service.into_iter().map(|s| (s.name.clone(), s)).collect(),

@@ -6,6 +6,7 @@
 //! look at the file system, or at how objects fit together.
 
 mod check;
+pub mod declared;
 mod document;
 mod service_export;
 
@@ -116,6 +117,13 @@ impl Object {
 
 /// Reads all objects of a file, in order; a bad document gives one error per problem in its place.
 pub fn parse(file: &str, text: &str) -> Vec<Result<Object, ManifestError>> {
+    read_documents(file, text, &|reader, version, kind| reader.read_kind(version, kind))
+}
+
+/// Reads one object, of this `apiVersion` and kind.
+type ReadKind<'k, T> = &'k dyn Fn(&Reader<'_>, &str, &str) -> Result<T, Vec<(Path, String)>>;
+
+fn read_documents<T>(file: &str, text: &str, kind: ReadKind<'_, T>) -> Vec<Result<T, ManifestError>> {
     let fail = |line, message: String| {
         Err(ManifestError { file: file.to_owned(), line, field: String::new(), message, object: None })
     };
@@ -126,7 +134,7 @@ pub fn parse(file: &str, text: &str) -> Vec<Result<Object, ManifestError>> {
     for document in document::split(text) {
         match Node::parse(&document) {
             Ok(None) => {}
-            Ok(Some(root)) => Reader { file, root: &root, prefix: Path::default() }.read(&mut out),
+            Ok(Some(root)) => Reader { file, root: &root, prefix: Path::default() }.read(kind, &mut out),
             Err((line, message)) => out.push(fail(line, message)),
         }
         if out.len() > MAX_OBJECTS {
@@ -161,11 +169,11 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn read(&self, out: &mut Vec<Result<Object, ManifestError>>) {
+    fn read<T>(&self, read_kind: ReadKind<'_, T>, out: &mut Vec<Result<T, ManifestError>>) {
         let problems = match (self.text("apiVersion"), self.text("kind")) {
             (Err(e), _) | (_, Err(e)) => vec![e],
-            (Ok("v1"), Ok("List")) if self.prefix.is_empty() => return self.read_items(out),
-            (Ok(version), Ok(kind)) => match self.read_kind(version, kind) {
+            (Ok("v1"), Ok("List")) if self.prefix.is_empty() => return self.read_items(read_kind, out),
+            (Ok(version), Ok(kind)) => match read_kind(self, version, kind) {
                 Ok(object) => return out.push(Ok(object)),
                 Err(problems) => problems,
             },
@@ -173,7 +181,7 @@ impl Reader<'_> {
         out.extend(problems.into_iter().map(|(path, message)| Err(self.error(path, message))));
     }
 
-    fn read_items(&self, out: &mut Vec<Result<Object, ManifestError>>) {
+    fn read_items<T>(&self, read_kind: ReadKind<'_, T>, out: &mut Vec<Result<T, ManifestError>>) {
         let Some(items) = self.root.get("items").and_then(Node::items) else {
             return out.push(Err(self.error(Path::from(["items"]), "is not a list of objects".to_owned())));
         };
@@ -181,7 +189,7 @@ impl Reader<'_> {
             if out.len() > MAX_OBJECTS {
                 return;
             }
-            Reader { file: self.file, root: item, prefix: Path::from(["items"]).item(i) }.read(out);
+            Reader { file: self.file, root: item, prefix: Path::from(["items"]).item(i) }.read(read_kind, out);
         }
     }
 
@@ -214,6 +222,10 @@ impl Reader<'_> {
             ("Service" | "Namespace", _) => Err(wrong_version(version, "v1")),
             ("EndpointSlice", _) => Err(wrong_version(version, "discovery.k8s.io/v1")),
             ("ServiceExport", _) => Err(wrong_version(version, "multicluster.x-k8s.io/v1beta1")),
+            ("ClusterGrant" | "Settings", _) => {
+                let message = format!("{kind} belongs to the control plane: isthmusctl apply -f {}", self.file);
+                Err(vec![(Path::from(["kind"]), message)])
+            }
             _ => {
                 let known = "Service, EndpointSlice, ServiceExport, Namespace, and List of them";
                 let message = format!("{kind:.64} is not a kind that is read here; known are {known}");
