@@ -27,6 +27,10 @@ use super::{
 pub(super) struct JoinToken {
     pub(super) cluster: ClusterName,
     pub(super) expires_at: Timestamp,
+    /// The same by the state's clock, which was ahead of the minting node's if a node's clock was ever wrong: absent if it
+    /// was not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) ends: Option<Timestamp>,
     pub(super) used_at: Option<Timestamp>,
     /// The key of whoever used it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -43,14 +47,17 @@ impl State {
             return Err(Rejection::ClusterRevoked { cluster: mint.cluster.clone() });
         }
         let now = self.clock.max(mint.now);
-        let forgotten = |token: &JoinToken| token.expires_at.0.saturating_add(TOKEN_MEMORY_MS) <= now.0;
+        let forgotten =
+            |token: &JoinToken| token.ends.unwrap_or(token.expires_at).0.saturating_add(TOKEN_MEMORY_MS) <= now.0;
         let kept = self.tokens.values().filter(|token| !forgotten(token)).count();
         within("join tokens outstanding", kept + 1, MAX_TOKENS)?;
+        let ends = self.ends(mint.now, mint.expires_at);
         self.clock = now;
         self.tokens.retain(|_, token| !forgotten(token));
         let token = JoinToken {
             cluster: mint.cluster.clone(),
             expires_at: mint.expires_at,
+            ends,
             used_at: None,
             used_by: None,
             grant: mint.grant.clone(),
@@ -62,7 +69,7 @@ impl State {
     pub(super) fn join(&mut self, join: &Join) -> Result<Change, Rejection> {
         let global = self.global.as_ref().ok_or(Rejection::NotFounded)?;
         let now = self.clock.max(join.now);
-        self.check_token(&join.hash, join.key, &join.cluster, now)?;
+        self.check_token(&join.hash, join.key, &join.cluster, join.now)?;
         let grant = self.tokens.get(&join.hash).and_then(|token| token.grant.clone());
         let grant = grant.or_else(|| self.promised.get(&join.cluster).cloned());
         let info = match global.clusters.get(&join.cluster) {
@@ -153,10 +160,9 @@ impl State {
 
     /// Clusters that have a token and have not joined yet, each with when the last of its tokens ends.
     pub fn pending(&self, now: Timestamp) -> BTreeMap<ClusterName, Timestamp> {
-        let now = self.clock.max(now);
         let joined = |cluster: &ClusterName| self.members.contains_key(cluster);
         let mut pending = BTreeMap::new();
-        for token in self.tokens.values().filter(|t| t.used_at.is_none() && t.expires_at > now && !joined(&t.cluster)) {
+        for token in self.tokens.values().filter(|t| t.used_at.is_none() && !self.has_ended(now, t.expires_at, t.ends) && !joined(&t.cluster)) {
             let last: &mut Timestamp = pending.entry(token.cluster.clone()).or_default();
             *last = token.expires_at.max(*last);
         }

@@ -109,6 +109,18 @@ impl State {
         self.events.latest()
     }
 
+    /// By the clock of whoever asks, or by the state's, which never goes back: a clock that does makes no token good again,
+    /// and one that once ran ahead leaves those that are minted later their life.
+    fn has_ended(&self, now: Timestamp, expires_at: Timestamp, ends: Option<Timestamp>) -> bool {
+        now >= expires_at || self.clock >= ends.unwrap_or(expires_at)
+    }
+
+    /// When, by the state's clock, something ends that was made at `now`; `None` if that clock is not ahead.
+    fn ends(&self, now: Timestamp, expires_at: Timestamp) -> Option<Timestamp> {
+        let ahead = self.clock.0.checked_sub(now.0).filter(|ahead| *ahead > 0)?;
+        Some(Timestamp(expires_at.0.saturating_add(ahead)))
+    }
+
     /// Checks a join token as [`Command::Join`] will, without using it up: what an unauthenticated caller sends must
     /// not reach the log unless it is likely to be accepted. A used token is still good for the key that used it.
     pub fn check_token(
@@ -126,7 +138,7 @@ impl State {
         if let Some(at) = grant.used_at.filter(|_| !repeats) {
             return Err(Rejection::TokenUsed { cluster: cluster.clone(), at });
         }
-        if now.max(self.clock) >= grant.expires_at {
+        if self.has_ended(now, grant.expires_at, grant.ends) {
             return Err(Rejection::TokenExpired { cluster: cluster.clone(), at: grant.expires_at });
         }
         Ok(())

@@ -99,6 +99,9 @@ pub(super) struct Nodes {
 struct NodeGrant {
     node: NodeName,
     expires_at: Timestamp,
+    /// See the same of a join token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ends: Option<Timestamp>,
     used_at: Option<Timestamp>,
     used_by: Option<KeyHash>,
 }
@@ -125,7 +128,7 @@ impl State {
         if let Some(at) = grant.used_at.filter(|_| grant.used_by != Some(root)) {
             return Err(Rejection::NodeTokenUsed { node: node(), at });
         }
-        if now.max(self.clock) >= grant.expires_at {
+        if self.has_ended(now, grant.expires_at, grant.ends) {
             return Err(Rejection::NodeTokenExpired { node: node(), at: grant.expires_at });
         }
         Ok(())
@@ -136,19 +139,22 @@ impl State {
         if self.nodes.present.contains_key(&mint.node) {
             return Err(Rejection::NodeExists { node: mint.node.clone() });
         }
-        let forgotten = |grant: &NodeGrant| grant.expires_at.0.saturating_add(TOKEN_MEMORY_MS) <= now.0;
+        let forgotten =
+            |grant: &NodeGrant| grant.ends.unwrap_or(grant.expires_at).0.saturating_add(TOKEN_MEMORY_MS) <= now.0;
         let kept = self.nodes.tokens.values().filter(|grant| !forgotten(grant)).count();
         within("node tokens outstanding", kept + 1, MAX_NODE_TOKENS)?;
+        let ends = self.ends(mint.now, mint.expires_at);
         self.clock = now;
         self.nodes.tokens.retain(|_, grant| !forgotten(grant));
-        let grant = NodeGrant { node: mint.node.clone(), expires_at: mint.expires_at, used_at: None, used_by: None };
+        let (node, expires_at) = (mint.node.clone(), mint.expires_at);
+        let grant = NodeGrant { node, expires_at, ends, used_at: None, used_by: None };
         self.nodes.tokens.insert(mint.hash, grant);
         Ok(Change::default())
     }
 
     pub(super) fn admit_node(&mut self, admit: &AdmitNode) -> Result<Change, Rejection> {
         let now = self.clock.max(admit.now);
-        self.check_node_token(&admit.hash, admit.root, &admit.node, now)?;
+        self.check_node_token(&admit.hash, admit.root, &admit.node, admit.now)?;
         let repeats = self.nodes.tokens.get(&admit.hash).is_some_and(|grant| grant.used_by == Some(admit.root));
         let held = self.nodes.present.get(&admit.node);
         if held.is_some() && !repeats {

@@ -240,6 +240,20 @@ fn a_clock_that_runs_backwards_does_not_revive_a_token() {
 }
 
 #[test]
+fn a_clock_that_once_ran_ahead_leaves_later_tokens_their_life_and_their_end() {
+    let mut state = founded();
+    // By a node whose clock is wrong.
+    accept(&mut state, mint(1, "eu-central", LATER.0));
+    accept(&mut state, mint(2, "us-east", 10));
+    accept(&mut state, mint(3, "us-west", 10));
+    assert!(accept(&mut state, join(2, "us-east", 1009)).changed);
+    assert_eq!(refuse(&mut state, join(3, "us-west", 1010)).code(), "token_expired");
+    // As long as the state's clock has gone on for less than its life, none is revived by a clock that goes back.
+    accept(&mut state, mint(4, "us-west", LATER.0 + 1000));
+    assert_eq!(refuse(&mut state, join(3, "us-west", 11)).code(), "token_expired");
+}
+
+#[test]
 fn long_expired_tokens_are_forgotten() {
     let mut state = founded();
     accept(&mut state, mint(1, "us-east", 10));
