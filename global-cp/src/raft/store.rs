@@ -15,7 +15,7 @@ use std::{
 use openraft::LogId;
 use serde::{Serialize, de::DeserializeOwned};
 
-use super::journal::{Journal, JournalError, sync_folder};
+use super::journal::{Journal, JournalError, REPLACE, sync_folder};
 
 /// The single records.
 pub(super) const VOTE: &str = "vote";
@@ -102,7 +102,7 @@ pub enum StoreError {
         format: u8,
     },
     /// A record is not what was written.
-    #[error("{record} in the store {} is damaged ({why}); restore the state folder from a backup, or replace the node", .folder.display())]
+    #[error("{record} in the store {} is damaged ({why}). {REPLACE}", .folder.display())]
     Damaged {
         /// Where.
         folder: PathBuf,

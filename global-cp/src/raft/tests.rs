@@ -300,7 +300,7 @@ async fn a_snapshot_that_is_gone_is_damage_and_not_an_empty_state() {
     let store = Store::open(dir.path(), SEGMENT).unwrap();
     store.set(store::PURGED, &openraft::LogId::new(openraft::CommittedLeaderId::new(1, 1), 7)).unwrap();
     let error = Machine::load(store).await.err().unwrap().to_string();
-    assert!(error.contains("snapshot") && error.contains("restore the state folder"), "{error}");
+    assert!(error.contains("snapshot") && error.contains("isthmusctl cp remove"), "{error}");
 }
 
 #[test]

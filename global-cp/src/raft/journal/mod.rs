@@ -26,6 +26,11 @@ use self::{
     segment::{Place, Segment},
 };
 
+/// What to do with a node whose state folder is damaged. To put back an older copy of it would be worse: it may contradict
+/// what the node has said since.
+pub(super) const REPLACE: &str = "Remove this node and add it anew with an empty state folder: isthmusctl cp remove, isthmusctl cp add. If it \
+     is the only one, start a new control plane and restore its latest backup: isthmusctl restore";
+
 /// The log of one node.
 #[derive(Debug)]
 pub(super) struct Journal {
@@ -57,8 +62,7 @@ pub enum JournalError {
     },
     /// Something that was flushed is not what was written.
     #[error(
-        "{} is damaged at byte {at}{}: the disk did not keep what was flushed. Do not start this node with it: restore its \
-         state folder from a backup, or replace the node by an empty one",
+        "{} is damaged at byte {at}{}: the disk did not keep what was flushed. {REPLACE}",
         .file.display(), .index.map(|i| format!(" (entry {i})")).unwrap_or_default()
     )]
     Damaged {
@@ -70,7 +74,7 @@ pub enum JournalError {
         index: Option<u64>,
     },
     /// A segment that should be there is not.
-    #[error("entries {} to {} are missing in {}: restore the state folder from a backup, or replace the node", .missing.start, .missing.end - 1, .folder.display())]
+    #[error("entries {} to {} are missing in {}. {REPLACE}", .missing.start, .missing.end - 1, .folder.display())]
     Missing {
         /// Where.
         folder: PathBuf,
