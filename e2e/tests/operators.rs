@@ -64,11 +64,8 @@ impl Rig {
         );
         std::fs::write(&config, text).unwrap();
         let binary = program("isthmus-agent").unwrap();
-        let agent = Process::new("us-east", &binary, dir.path())
-            .arg("run")
-            .arg("--config")
-            .arg(&config)
-            .health(at(2, 9900));
+        let agent =
+            Process::new("us-east", &binary, dir.path()).arg("run").arg("--config").arg(&config).health(at(2, 9900));
         Self { dir, _control_plane: control_plane, agent }
     }
 
@@ -160,9 +157,14 @@ async fn an_operators_day() {
     rig.until("get services", &["shop/s11"]).await;
 
     // What is wrong is told with its place, all of it, and nothing happens.
-    std::fs::write(rig.path("bad.yaml"), "kind: ClusterGrant\n---\napiVersion: isthmus.io/v1alpha1\nkind: Frob\n").unwrap();
+    std::fs::write(rig.path("bad.yaml"), "kind: ClusterGrant\n---\napiVersion: isthmus.io/v1alpha1\nkind: Frob\n")
+        .unwrap();
     let said = rig.isthmusctl("apply -f bad.yaml").await;
-    assert!(!said.ok && said.err.contains("bad.yaml:1: apiVersion") && said.err.contains("bad.yaml:4: kind"), "{}", said.err);
+    assert!(
+        !said.ok && said.err.contains("bad.yaml:1: apiVersion") && said.err.contains("bad.yaml:4: kind"),
+        "{}",
+        said.err
+    );
     let said = rig.isthmusctl("apply -f nowhere.yaml").await;
     assert!(!said.ok && said.err.contains("nowhere.yaml"), "{}", said.err);
     let said = rig.isthmusctl("get services shop/s00").await;

@@ -25,7 +25,10 @@ use std::{
 
 use isthmus_model::ids::NodeName;
 use isthmus_runtime::tasks::Tasks;
-use openraft::{ChangeMembers, Config as RaftConfig, Raft, RaftMetrics, SnapshotPolicy, error::RaftError};
+use openraft::{
+    ChangeMembers, Config as RaftConfig, Raft, RaftMetrics, SnapshotPolicy, error::RaftError,
+    storage::RaftLogStorage as _,
+};
 use tokio::{
     sync::watch,
     time::{Instant, sleep, timeout_at},
@@ -76,6 +79,16 @@ pub struct Group {
     views: watch::Receiver<View>,
     began_alone: bool,
     digests: Digests,
+    resumed: Option<Resumed>,
+}
+
+/// This node led when it stopped. The engine then leads on in the same term, if nobody else was elected meanwhile, without
+/// knowing what of its log was committed; a read must not see less than all of that.
+#[derive(Clone, Copy, Debug)]
+struct Resumed {
+    vote: openraft::Vote<u64>,
+    /// Where its log ended.
+    last: u64,
 }
 
 /// Which node this is, and how it came to the group.
@@ -152,7 +165,8 @@ impl Group {
             ..RaftConfig::default()
         };
         let config = Arc::new(config.validate().map_err(StartError::Config)?);
-        let log = LogStore::new(store);
+        let mut log = LogStore::new(store);
+        let resumed = resumed(&mut log, own.id).await.map_err(StartError::Read)?;
         let raft = Raft::new(own.id, config, peers.clone(), log, machine).await.map_err(StartError::Engine)?;
         if own.founds && !raft.is_initialized().await.map_err(StartError::Engine)? {
             raft.initialize(BTreeMap::from([(own.id, own.peer)])).await.map_err(StartError::Form)?;
@@ -161,7 +175,7 @@ impl Group {
         let id = own.id;
         let alone = raft.with_raft_state(move |state| state.membership_state.effective().voter_ids().eq([id]));
         let began_alone = alone.await.map_err(StartError::Engine)?;
-        let group = Self { raft, peers, views, began_alone, digests };
+        let group = Self { raft, peers, views, began_alone, digests, resumed };
         if began_alone {
             let settled = |m: &EngineMetrics| {
                 m.current_leader == Some(own.id) && m.last_applied.map(|id| id.index) >= m.last_log_index
@@ -223,8 +237,11 @@ impl Group {
     pub(super) async fn read_index(&self) -> Result<u64, NoIndex> {
         use openraft::error::CheckIsLeaderError;
 
+        // Before the question: the metrics come late, never early.
+        let vote = self.raft.metrics().borrow().vote;
+        let at_least = self.resumed.filter(|resumed| vote <= resumed.vote).map_or(0, |resumed| resumed.last);
         match self.raft.get_read_log_id().await {
-            Ok((read, _)) => Ok(read.map_or(0, |id| id.index)),
+            Ok((read, _)) => Ok(read.map_or(0, |id| id.index).max(at_least)),
             Err(RaftError::APIError(CheckIsLeaderError::ForwardToLeader(to))) => {
                 Err(NoIndex::Elsewhere(to.leader_node))
             }
@@ -300,6 +317,12 @@ impl Group {
             tracing::warn!(%error, "the consensus engine did not stop cleanly");
         }
     }
+}
+
+async fn resumed(log: &mut LogStore, own: u64) -> Result<Option<Resumed>, openraft::StorageError<u64>> {
+    let vote = log.read_vote().await?.filter(|vote| vote.is_committed() && vote.leader_id().node_id == own);
+    let last = log.get_log_state().await?.last_log_id.map_or(0, |last| last.index);
+    Ok(vote.map(|vote| Resumed { vote, last }))
 }
 
 enum Barrier {
