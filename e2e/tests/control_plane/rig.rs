@@ -1,6 +1,11 @@
-//! Three real control plane processes on loopback, and clients of their admin APIs.
+//! Real control plane processes, each with a network, a disk and a clock of its own, and clients of their admin APIs.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::{Context as _, ensure};
 use http_body_util::{BodyExt, Full};
@@ -19,25 +24,29 @@ use serde_json::Value;
 use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsConnector;
 
+use super::place;
+
 const FEDERATION: &str = "isthmus.example";
-/// Addresses of these nodes alone.
-const NET: u8 = 9;
 const READY: Duration = Duration::from_secs(60);
 /// Longer than the control plane takes to say that it has no leader.
 const CALL: Duration = Duration::from_secs(8);
 
-/// The group. Dropping it kills its processes.
+/// The group. Dropping it kills its processes and takes their disks away.
 pub(crate) struct Group {
     pub(crate) nodes: Vec<Node>,
-    pub(crate) dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
-/// One process and its folder.
+/// One process, its disk and its clock.
 pub(crate) struct Node {
+    /// Counted from 1.
+    pub(crate) number: u8,
     pub(crate) name: String,
     pub(crate) process: Process,
     pub(crate) state: PathBuf,
     pub(crate) admin: SocketAddr,
+    token: PathBuf,
+    clock: PathBuf,
 }
 
 /// An administrator's way to one node. A connection for each call: nodes come and go.
@@ -65,13 +74,13 @@ impl Group {
     }
 
     /// Starts one more node, which joins those that there are.
-    pub(crate) async fn add(&mut self, number: u8) {
+    async fn add(&mut self, number: u8) {
         let name = format!("cp-{number}");
         let home = self.dir.path().join(&name);
         std::fs::create_dir_all(&home).unwrap();
-        let (state, file, token) = (home.join("state"), home.join("global-cp.yaml"), home.join("token"));
-        let at = |port: u16| SocketAddr::from(([127, NET, 0, number], port));
-        let (grpc, admin, health) = (at(7443), at(7444), at(9900));
+        let [state, file, token, clock] = ["state", "global-cp.yaml", "token", "clock"].map(|file| home.join(file));
+        place::disk(&state);
+        let [grpc, admin, health] = [place::GRPC, 7444, 9900].map(|port| place::at(number, port));
         let mut text = format!(
             "node: {name}\nfederation: {FEDERATION}\nstateDir: {state}\n\
              listen: {{ grpc: \"{grpc}\", admin: \"{admin}\", health: \"{health}\" }}\n\
@@ -80,17 +89,60 @@ impl Group {
             state = state.display(),
         );
         if let Some(first) = self.nodes.first() {
-            let answer = first.client().call("POST", &format!("/v1/nodes/{name}/join-token"), "").await.unwrap();
-            assert_eq!(answer.0, StatusCode::OK, "{}", answer.1);
-            std::fs::write(&token, answer.1["token"].as_str().unwrap()).unwrap();
+            std::fs::write(&token, first.client().node_token(&name).await.unwrap()).unwrap();
             text.push_str(&format!("joinTokenFile: {}\n", token.display()));
         }
         std::fs::write(&file, text).unwrap();
-        let binary = program("isthmus-global-cp").unwrap();
-        let mut process = Process::new(&name, &binary, self.dir.path()).arg("--config").arg(&file).health(health);
-        process.start().unwrap();
-        process.ready(READY).await.unwrap();
-        self.nodes.push(Node { name, process, state, admin });
+        std::fs::write(&clock, "+0").unwrap();
+        let process = Process::new(&name, Path::new("nsenter"), self.dir.path())
+            .arg(format!("--net={}", place::node(number).display()))
+            .args(["--", "env"])
+            .arg(format!("LD_PRELOAD={}", place::faketime().display()))
+            .arg(format!("FAKETIME_TIMESTAMP_FILE={}", clock.display()))
+            // Clocks are set while the process runs; what counts durations goes on evenly, as it does then.
+            .args(["FAKETIME_CACHE_DURATION=1", "FAKETIME_DONT_FAKE_MONOTONIC=1"])
+            .arg(program("isthmus-global-cp").unwrap())
+            .arg("--config")
+            .arg(&file)
+            .health(health);
+        let mut node = Node { number, name, process, state, admin, token, clock };
+        node.process.start().unwrap();
+        node.process.ready(READY).await.unwrap();
+        self.nodes.push(node);
+    }
+
+    /// Takes the node out of the group, as one that is lost, and adds it anew with an empty disk.
+    pub(crate) async fn replace(&mut self, at: usize) {
+        let name = self.nodes[at].name.clone();
+        let other = self.nodes[(at + 1) % self.nodes.len()].client();
+        let removed = async || {
+            let path = format!("/v1/nodes/{name}");
+            // Not found: it was removed by a call whose answer was lost.
+            matches!(other.call("DELETE", &path, "").await, Ok((StatusCode::OK | StatusCode::NOT_FOUND, _)))
+        };
+        wait_for("the lost node to be removed", READY, removed).await.unwrap();
+        let mut token = None;
+        let minted = async || {
+            token = other.node_token(&name).await.ok();
+            token.is_some()
+        };
+        wait_for("a token for the new node", READY, minted).await.unwrap();
+        let node = &mut self.nodes[at];
+        for entry in std::fs::read_dir(&node.state).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) }.unwrap();
+        }
+        // Whichever was first joins, too, from now on.
+        std::fs::write(&node.token, token.unwrap()).unwrap();
+        let config = node.token.with_file_name("global-cp.yaml");
+        let text = std::fs::read_to_string(&config).unwrap();
+        if !text.contains("joinTokenFile") {
+            std::fs::write(&config, format!("{text}joinTokenFile: {}\n", node.token.display())).unwrap();
+        }
+        node.process.start().unwrap();
+        node.process.ready(READY).await.unwrap();
+        let votes = async || self.roles(&other).await.is_ok_and(|roles| roles.iter().all(|role| votes(role)));
+        wait_for("the new node to vote", READY, votes).await.unwrap();
     }
 
     /// Each node's role, as the one at `admin` sees it.
@@ -127,11 +179,33 @@ impl Group {
     }
 }
 
+impl Drop for Group {
+    fn drop(&mut self) {
+        for node in self.nodes.drain(..) {
+            drop(node.process);
+            place::unmount(&node.state);
+        }
+    }
+}
+
 fn votes(role: &str) -> bool {
     matches!(role, "leader" | "voter")
 }
 
 impl Node {
+    /// Where agents and other nodes dial it.
+    pub(crate) fn grpc(&self) -> SocketAddr {
+        place::at(self.number, place::GRPC)
+    }
+
+    /// Sets its clock so many hours from the right time.
+    pub(crate) fn set_clock(&self, hours: i32) {
+        // Whole, since it is read at any time.
+        let new = self.clock.with_extension("new");
+        std::fs::write(&new, format!("{hours:+}h")).unwrap();
+        std::fs::rename(new, &self.clock).unwrap();
+    }
+
     /// With the credentials that the node left in its state folder.
     pub(crate) fn client(&self) -> Admin {
         let folder = self.state.join("admin");
@@ -145,6 +219,13 @@ impl Node {
 }
 
 impl Admin {
+    /// A token for a node to be added.
+    async fn node_token(&self, name: &str) -> anyhow::Result<String> {
+        let (status, answer) = self.call("POST", &format!("/v1/nodes/{name}/join-token"), "").await?;
+        ensure!(status == StatusCode::OK, "{status} {answer}");
+        Ok(answer["token"].as_str().context("token")?.to_owned())
+    }
+
     /// A successful answer, or an error.
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<Value> {
         let (status, body) = self.call("GET", path, "").await?;
