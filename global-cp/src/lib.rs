@@ -14,6 +14,8 @@ pub mod federation;
 pub mod metrics;
 pub mod nodes;
 pub mod raft;
+#[cfg(test)]
+mod sim;
 pub mod state;
 pub mod status;
 

@@ -18,7 +18,7 @@ const MAX_DELTAS: usize = 64;
 
 /// Of the latest state that anybody asked for.
 #[derive(Debug, Default)]
-pub(super) struct Encoded(Mutex<Latest>);
+pub(crate) struct Encoded(Mutex<Latest>);
 
 #[derive(Debug, Default)]
 struct Latest {
@@ -29,7 +29,7 @@ struct Latest {
 }
 
 impl Encoded {
-    pub(super) fn snapshot(&self, snapshot: &GlobalSnapshot) -> Bytes {
+    pub(crate) fn snapshot(&self, snapshot: &GlobalSnapshot) -> Bytes {
         let encode = || Bytes::from(common::GlobalSnapshot::from(snapshot).encode_to_vec());
         // Whoever comes meanwhile waits for the same bytes.
         self.at(snapshot.stamp, |latest| match latest {
@@ -38,7 +38,7 @@ impl Encoded {
         })
     }
 
-    pub(super) fn delta(&self, delta: &GlobalDelta) -> Bytes {
+    pub(crate) fn delta(&self, delta: &GlobalDelta) -> Bytes {
         let encode = || Bytes::from(common::GlobalDelta::from(delta).encode_to_vec());
         self.at(delta.to, |latest| match latest {
             Some(latest) if latest.deltas.len() < MAX_DELTAS || latest.deltas.contains_key(&delta.from) => {

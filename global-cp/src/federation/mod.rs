@@ -32,8 +32,10 @@ use tokio::{
 };
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
-use self::encoded::Encoded;
-pub(crate) use self::refusal::{status_of, status_of_proposal};
+pub(crate) use self::{
+    encoded::Encoded,
+    refusal::{status_of, status_of_proposal},
+};
 use crate::{
     authority::{Authority, agent_of, node_of},
     metrics::Metrics,

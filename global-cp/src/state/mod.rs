@@ -104,6 +104,11 @@ impl State {
         self.global.as_ref().map(|g| g.stamp).unwrap_or_default()
     }
 
+    #[cfg(test)]
+    pub(crate) fn clock(&self) -> Timestamp {
+        self.clock
+    }
+
     /// What was asked of the state, latest first, as far as it is kept.
     pub fn events(&self) -> impl Iterator<Item = &Event> {
         self.events.latest()
