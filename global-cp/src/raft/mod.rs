@@ -12,6 +12,8 @@ mod log;
 mod machine;
 mod network;
 mod proposer;
+#[cfg(test)]
+mod simulated;
 mod store;
 #[cfg(test)]
 mod tests;

@@ -63,12 +63,33 @@ struct Inner {
     trust: TrustStore,
     federation: TrustDomain,
     made: Mutex<BTreeMap<Peer, PeersClient<Channel>>>,
+    #[cfg(test)]
+    simulated: Option<super::simulated::Link>,
+}
+
+/// A way to one node.
+#[derive(Clone)]
+enum Way {
+    Grpc(PeersClient<Channel>),
+    #[cfg(test)]
+    Simulated(super::simulated::Link, Peer),
+}
+
+/// Sends a request by either way.
+macro_rules! ask {
+    ($way:expr, $call:ident, $request:expr) => {
+        match $way {
+            Way::Grpc(client) => client.$call($request).await,
+            #[cfg(test)]
+            Way::Simulated(link, to) => link.$call(to, $request).await,
+        }
+    };
 }
 
 /// The engine's way to one node.
 pub struct Connection {
     target: u64,
-    client: Result<PeersClient<Channel>, NoChannel>,
+    way: Result<Way, NoChannel>,
 }
 
 /// Why there is no channel to a node.
@@ -96,7 +117,30 @@ pub(super) enum PeerError {
 impl Peers {
     /// For a node that shows `source`'s certificate and trusts `trust`.
     pub fn new(source: IdentitySource, trust: TrustStore, federation: TrustDomain) -> Self {
-        Self(Arc::new(Inner { source, trust, federation, made: Mutex::default() }))
+        let made = Mutex::default();
+        Self(Arc::new(Inner {
+            source,
+            trust,
+            federation,
+            made,
+            #[cfg(test)]
+            simulated: None,
+        }))
+    }
+
+    /// Over a network that tests have made.
+    #[cfg(test)]
+    pub(super) fn simulated(source: IdentitySource, federation: TrustDomain, link: super::simulated::Link) -> Self {
+        let (trust, made) = (TrustStore::new(), Mutex::default());
+        Self(Arc::new(Inner { source, trust, federation, made, simulated: Some(link) }))
+    }
+
+    fn way(&self, peer: &Peer) -> Result<Way, NoChannel> {
+        #[cfg(test)]
+        if let Some(link) = &self.0.simulated {
+            return Ok(Way::Simulated(link.clone(), peer.clone()));
+        }
+        self.client(peer).map(Way::Grpc)
     }
 
     pub(crate) fn client(&self, peer: &Peer) -> Result<PeersClient<Channel>, NoChannel> {
@@ -117,9 +161,9 @@ impl Peers {
 
     /// Has `peer` commit `batch`, or `hand_on` to who leads: the answers, and the log's index that they took effect at.
     pub(super) async fn propose(&self, peer: &Peer, batch: &Batch, hand_on: bool) -> Result<(Answers, u64), PeerError> {
-        let mut client = self.client(peer).map_err(|error| PeerError::Refused(error.to_string()))?;
-        let answer: ProposalAnswers =
-            client.propose(Proposals { proposals: json(batch), hand_on }).await.map_err(peer_error)?.into_inner();
+        let mut way = self.way(peer).map_err(|error| PeerError::Refused(error.to_string()))?;
+        let request = Proposals { proposals: json(batch), hand_on };
+        let answer: ProposalAnswers = ask!(&mut way, propose, request).map_err(peer_error)?.into_inner();
         let answers = serde_json::from_slice(&answer.answers)
             .map_err(|error| PeerError::Refused(format!("the leader's answer is not readable: {error}")))?;
         Ok((answers, answer.log_index))
@@ -127,8 +171,8 @@ impl Peers {
 
     /// The index that must be applied here for a read that sees all that was acknowledged before.
     pub(super) async fn read_index(&self, leader: &Peer) -> Result<u64, PeerError> {
-        let mut client = self.client(leader).map_err(|error| PeerError::Refused(error.to_string()))?;
-        Ok(client.read_index(ReadIndexRequest {}).await.map_err(peer_error)?.into_inner().log_index)
+        let mut way = self.way(leader).map_err(|error| PeerError::Refused(error.to_string()))?;
+        Ok(ask!(&mut way, read_index, ReadIndexRequest {}).map_err(peer_error)?.into_inner().log_index)
     }
 }
 
@@ -149,9 +193,9 @@ type Failure<E = Infallible> = RPCError<u64, Peer, RaftError<u64, E>>;
 
 #[expect(clippy::result_large_err, reason = "openraft's type")]
 impl Connection {
-    fn begin<E: std::error::Error>(&self, body: Vec<u8>) -> Result<(PeersClient<Channel>, RaftMessage), Failure<E>> {
-        let client = self.client.clone().map_err(|error| RPCError::Unreachable(Unreachable::new(&error)))?;
-        Ok((client, RaftMessage { format: FORMAT, target: self.target, body }))
+    fn begin<E: std::error::Error>(&self, body: Vec<u8>) -> Result<(Way, RaftMessage), Failure<E>> {
+        let way = self.way.clone().map_err(|error| RPCError::Unreachable(Unreachable::new(&error)))?;
+        Ok((way, RaftMessage { format: FORMAT, target: self.target, body }))
     }
 
     fn end<A, E>(&self, answer: Result<Response<RaftMessage>, Status>) -> Result<A, Failure<E>>
@@ -173,7 +217,7 @@ impl RaftNetworkFactory<TypeConfig> for Peers {
     type Network = Connection;
 
     async fn new_client(&mut self, target: u64, node: &Peer) -> Connection {
-        Connection { target, client: self.client(node) }
+        Connection { target, way: self.way(node) }
     }
 }
 
@@ -188,8 +232,8 @@ impl RaftNetwork<TypeConfig> for Connection {
             let fewer = u64::try_from(request.entries.len() / 2).unwrap_or(1);
             return Err(RPCError::PayloadTooLarge(PayloadTooLarge::new_entries_hint(fewer.max(1))));
         }
-        let (mut client, message) = self.begin(body)?;
-        self.end(client.append_entries(message).await)
+        let (mut way, message) = self.begin(body)?;
+        self.end(ask!(&mut way, append_entries, message))
     }
 
     async fn install_snapshot(
@@ -197,13 +241,13 @@ impl RaftNetwork<TypeConfig> for Connection {
         request: InstallSnapshotRequest<TypeConfig>,
         _option: RPCOption,
     ) -> Result<InstallSnapshotResponse<u64>, Failure<InstallSnapshotError>> {
-        let (mut client, message) = self.begin(json(&request))?;
-        self.end(client.install_snapshot(message).await)
+        let (mut way, message) = self.begin(json(&request))?;
+        self.end(ask!(&mut way, install_snapshot, message))
     }
 
     async fn vote(&mut self, request: VoteRequest<u64>, _option: RPCOption) -> Result<VoteResponse<u64>, Failure> {
-        let (mut client, message) = self.begin(json(&request))?;
-        self.end(client.vote(message).await)
+        let (mut way, message) = self.begin(json(&request))?;
+        self.end(ask!(&mut way, vote, message))
     }
 
     fn backoff(&self) -> Backoff {
