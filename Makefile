@@ -75,7 +75,7 @@ envoy: ## Fetch the pinned Envoy into .tools/
 	@deploy/tools/fetch-envoy.sh
 
 tools: ## Install missing Debian packages (needs root only if one is missing)
-	@deploy/tools/require.sh cc dig setpriv ip python3 pip
+	@deploy/tools/require.sh cc dig setpriv ip nft faketime python3 pip
 
 fmt: ## Format the code
 	@$(CARGO) fmt --all

@@ -9,7 +9,7 @@ fi
 
 declare -A package=(
   [cc]=gcc [g++]=g++ [dig]=bind9-dnsutils [setpriv]=util-linux [python3]=python3 [pip]=python3-pip
-  [ip]=iproute2 [nft]=nftables
+  [ip]=iproute2 [nft]=nftables [faketime]=faketime
 )
 missing=()
 for tool in "$@"; do

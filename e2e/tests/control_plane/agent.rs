@@ -296,6 +296,31 @@ pub(crate) fn exports_of(cluster: &str, state: &GlobalSnapshot) -> anyhow::Resul
 mod tests {
     use super::*;
 
+    fn state(revision: u64) -> GlobalSnapshot {
+        let federation: isthmus_model::ids::TrustDomain = "isthmus.example".parse().unwrap();
+        let bundle = CertificateAuthority::create(&federation, Duration::from_secs(60)).unwrap().bundle();
+        GlobalSnapshot {
+            stamp: Stamp { epoch: isthmus_model::ids::Epoch(1), revision: isthmus_model::ids::Revision(revision) },
+            federation,
+            federation_bundle: bundle,
+            settings: Default::default(),
+            clusters: BTreeMap::new(),
+            services: BTreeMap::new(),
+        }
+    }
+
+    #[test]
+    fn two_states_of_one_stamp_are_found() {
+        let shown = Shown::default();
+        let (one, other) = (state(1), state(1));
+        for seen in [&one, &one, &state(2)] {
+            shown.see("cp-1", seen);
+        }
+        assert_eq!(shown.result().0, Vec::<String>::new());
+        shown.see("cp-2", &other);
+        assert!(shown.result().0[0].contains("there are two states 1.1"), "{:?}", shown.result());
+    }
+
     #[test]
     fn an_index_that_moves_or_is_shared_is_found() {
         let mut indexes = Indexes::default();

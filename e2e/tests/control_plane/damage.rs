@@ -65,8 +65,20 @@ pub(crate) fn tear(state: &Path, rng: &mut StdRng) {
     std::fs::write(&path, bytes).unwrap();
 }
 
-/// Flips a bit of what was flushed: the file, and where the record that has it begins. `None` while there is no record.
-pub(crate) fn flip(state: &Path, rng: &mut StdRng) -> Option<(PathBuf, usize)> {
+/// Flips a bit of what was flushed, in the log or in a file beside it: what the node must say of it. `None` while there is
+/// nothing.
+pub(crate) fn flip(state: &Path, rng: &mut StdRng) -> Option<String> {
+    let folder = state.join("raft");
+    let record = ["vote", "snapshot"][rng.random_range(0..2)];
+    let path = folder.join(record);
+    if rng.random_bool(0.4) && path.exists() {
+        let mut bytes = std::fs::read(&path).unwrap();
+        // The first byte is the format's number.
+        let at = rng.random_range(1..bytes.len());
+        bytes[at] ^= 1 << rng.random_range(0..8);
+        std::fs::write(&path, bytes).unwrap();
+        return Some(format!("{record} in the store {} is damaged", folder.display()));
+    }
     let path = last_segment(state);
     let mut bytes = std::fs::read(&path).unwrap();
     let starts = records(&bytes);
@@ -78,5 +90,5 @@ pub(crate) fn flip(state: &Path, rng: &mut StdRng) -> Option<(PathBuf, usize)> {
     bytes[at] ^= 1 << rng.random_range(0..8);
     std::fs::write(&path, bytes).unwrap();
     let begins = starts.iter().rev().find(|start| **start <= at).copied().unwrap();
-    Some((path, begins))
+    Some(format!("{} is damaged at byte {begins}", path.display()))
 }
