@@ -107,10 +107,12 @@ impl Authority {
     }
 
     /// Takes the federation's bundle, as the group has agreed on it, into use, and keeps it.
-    pub fn adopt(&self, bundle: &TrustBundle) -> Result<(), AuthorityError> {
+    /// Whether it was another one. One that holds nothing new and is older is not taken: what a node reads when it starts may
+    /// be from before the others joined, and without their roots it would never hear of anything later.
+    pub fn adopt(&self, bundle: &TrustBundle) -> Result<bool, AuthorityError> {
         let mut held = self.bundle.lock().unwrap_or_else(PoisonError::into_inner);
-        if *held == *bundle {
-            return Ok(());
+        if *held == *bundle || is_older(bundle, &held)? {
+            return Ok(false);
         }
         self.believe(bundle)?;
         let text =
@@ -118,7 +120,7 @@ impl Authority {
         files::write_secret(&self.kept, &text)
             .map_err(|source| AuthorityError::Keep { path: self.kept.clone(), source })?;
         *held = bundle.clone();
-        Ok(())
+        Ok(true)
     }
 
     fn believe(&self, bundle: &TrustBundle) -> Result<(), AuthorityError> {
@@ -278,9 +280,36 @@ pub fn is_admin(id: &SpiffeId, federation: &TrustDomain) -> bool {
         && segments.next().is_none()
 }
 
+fn is_older(bundle: &TrustBundle, than: &TrustBundle) -> Result<bool, AuthorityError> {
+    let (bundle, than) = (BundleDocument::parse(&bundle.document)?, BundleDocument::parse(&than.document)?);
+    Ok(bundle.sequence < than.sequence && bundle.x509_roots.iter().all(|root| than.x509_roots.contains(root)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bundle_from_before_others_joined_is_not_taken_again() {
+        let federation: TrustDomain = "isthmus.example".parse().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let open = || Authority::open(dir.path(), &federation, &"cp-1".parse().unwrap()).unwrap();
+        let other = || CertificateAuthority::create(&federation, Duration::from_secs(60)).unwrap();
+        let authority = open();
+        let first = authority.own_bundle();
+        let second = authority.with_root(&first, other().root_der()).unwrap();
+        assert!(authority.adopt(&second).unwrap());
+        assert!(!authority.adopt(&first).unwrap());
+        drop(authority);
+        let authority = open();
+        assert!(!authority.adopt(&first).unwrap());
+        assert_eq!(authority.bundle(), second);
+        // Of a control plane that was founded anew, with the same CA: what is in it is new, whatever its number.
+        let third = authority.with_root(&second, other().root_der()).unwrap();
+        assert!(authority.adopt(&third).unwrap());
+        let anew = authority.with_root(&first, other().root_der()).unwrap();
+        assert!(authority.adopt(&anew).unwrap());
+    }
 
     #[test]
     fn only_an_agents_identity_of_this_federation_names_a_cluster() {

@@ -344,12 +344,16 @@ fn follow_bundle(
             let bundle = views.borrow_and_update().global().map(|global| global.federation_bundle.clone());
             if let Some(bundle) = bundle.filter(|bundle| *bundle != authority.bundle()) {
                 let (authority, written) = (authority.clone(), written.clone());
-                let adopt = move || -> Result<(), String> {
-                    authority.adopt(&bundle).map_err(|error| chain(&error))?;
-                    written(&authority).map_err(|error| chain(&error))
+                let adopt = move || -> Result<bool, String> {
+                    let adopted = authority.adopt(&bundle).map_err(|error| chain(&error))?;
+                    if adopted {
+                        written(&authority).map_err(|error| chain(&error))?;
+                    }
+                    Ok(adopted)
                 };
                 match tokio::task::spawn_blocking(adopt).await {
-                    Ok(Ok(())) => tracing::info!("the federation's bundle has changed"),
+                    Ok(Ok(true)) => tracing::info!("the federation's bundle has changed"),
+                    Ok(Ok(false)) => {}
                     Ok(Err(error)) => tracing::error!(%error, "cannot take the federation's bundle into use"),
                     Err(error) => tracing::error!(%error, "cannot take the federation's bundle into use"),
                 }

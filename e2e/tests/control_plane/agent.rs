@@ -45,6 +45,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 
 const CALL: Duration = Duration::from_secs(8);
+/// For an agent to be served when there are no faults any more.
+const HEALED: Duration = Duration::from_secs(60);
 const PAUSE: Duration = Duration::from_millis(100);
 /// Services that agents export now and then.
 const SERVICES: u32 = 12;
@@ -114,6 +116,8 @@ pub(crate) struct Agent {
     cluster: String,
     nodes: Vec<SocketAddr>,
     ca: CertificateAuthority,
+    /// The roots of the nodes, as the state says.
+    trust: TrustStore,
     client: Vec<FederationClient<Channel>>,
     shown: Shown,
     rng: StdRng,
@@ -151,6 +155,7 @@ impl Agent {
         let roots = isthmus_identity::bundle::BundleDocument::parse(&bundle.document)?.x509_roots;
         let trust = TrustStore::new();
         trust.set([(bundle.trust_domain, roots)].into());
+        let follows = trust.clone();
         let source = IdentitySource::new(Svid::new(chain, &key)?);
         let client = nodes.iter().map(|node| {
             let tls = client_config(Some(&source), &trust, Arc::new(|_| true), &[b"h2"])?;
@@ -161,6 +166,7 @@ impl Agent {
             client: client.collect::<Result<_, _>>()?,
             nodes,
             ca,
+            trust: follows,
             shown,
             rng: StdRng::seed_from_u64(seed),
             held: None,
@@ -171,8 +177,13 @@ impl Agent {
 
     /// Publishes and follows, at nodes by chance, until told to stop; then once more, until it is acknowledged.
     pub(crate) async fn run(mut self, stop: Arc<AtomicBool>, failures: Arc<AtomicU64>) -> Self {
+        let mut deadline = None;
         loop {
             let last = stop.load(Ordering::Relaxed);
+            if last {
+                let deadline = *deadline.get_or_insert_with(|| Instant::now() + HEALED);
+                assert!(Instant::now() < deadline, "{} could not publish when all was well again", self.cluster);
+            }
             let before = self.published;
             let nth = self.rng.random_range(0..self.client.len());
             for _ in 0..self.rng.random_range(0..3) {
@@ -256,6 +267,9 @@ impl Agent {
             self.shown.wrong(&self.cluster, format!("it held {} and was given {}", held.stamp, next.stamp));
         }
         self.shown.see(&self.cluster, &next);
+        if let Ok(bundle) = isthmus_identity::bundle::BundleDocument::parse(&next.federation_bundle.document) {
+            self.trust.set([(next.federation.clone(), bundle.x509_roots)].into());
+        }
         self.held = Some(next);
     }
 

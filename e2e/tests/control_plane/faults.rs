@@ -21,6 +21,8 @@ use super::{
 /// For a node that found its disk full, or its log damaged, to end.
 const ENDS: Duration = Duration::from_secs(15);
 
+/// For a node to take part again.
+const RECOVERS: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// What is done to whom.
@@ -156,6 +158,7 @@ impl Fault {
                 sleep(away).await;
                 damage::tear(&group.nodes[any].state, rng);
                 group.nodes[any].process.start().unwrap();
+                group.nodes[any].process.ready(RECOVERS).await.unwrap();
             }
             Self::FlippedBit => flipped(group, any, rng).await,
             Self::ClockAhead | Self::ClockBehind => {

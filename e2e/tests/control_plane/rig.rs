@@ -3,7 +3,7 @@
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::Duration,
 };
 
@@ -31,7 +31,7 @@ const READY: Duration = Duration::from_secs(60);
 /// Longer than the control plane takes to say that it has no leader.
 const CALL: Duration = Duration::from_secs(8);
 
-/// The group. Dropping it kills its processes and takes their disks away.
+/// The group. Dropping it kills its processes and takes their disks away; their logs stay after a failure.
 pub(crate) struct Group {
     pub(crate) nodes: Vec<Node>,
     dir: tempfile::TempDir,
@@ -47,13 +47,15 @@ pub(crate) struct Node {
     pub(crate) admin: SocketAddr,
     token: PathBuf,
     clock: PathBuf,
+    /// The administrator's TLS towards it; another one when it was replaced.
+    tls: Arc<Mutex<Option<Arc<rustls::ClientConfig>>>>,
 }
 
 /// An administrator's way to one node. A connection for each call: nodes come and go.
 #[derive(Clone)]
 pub(crate) struct Admin {
     address: SocketAddr,
-    tls: Arc<rustls::ClientConfig>,
+    tls: Arc<Mutex<Option<Arc<rustls::ClientConfig>>>>,
 }
 
 impl Group {
@@ -105,9 +107,11 @@ impl Group {
             .arg("--config")
             .arg(&file)
             .health(health);
-        let mut node = Node { number, name, process, state, admin, token, clock };
+        let tls = Arc::default();
+        let mut node = Node { number, name, process, state, admin, token, clock, tls };
         node.process.start().unwrap();
         node.process.ready(READY).await.unwrap();
+        node.read_credentials();
         self.nodes.push(node);
     }
 
@@ -141,6 +145,7 @@ impl Group {
         }
         node.process.start().unwrap();
         node.process.ready(READY).await.unwrap();
+        node.read_credentials();
         let votes = async || self.roles(&other).await.is_ok_and(|roles| roles.iter().all(|role| votes(role)));
         wait_for("the new node to vote", READY, votes).await.unwrap();
     }
@@ -181,6 +186,10 @@ impl Group {
 
 impl Drop for Group {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.dir.disable_cleanup(true);
+            println!("the nodes' logs are in {}", self.dir.path().join("logs").display());
+        }
         for node in self.nodes.drain(..) {
             drop(node.process);
             place::unmount(&node.state);
@@ -206,15 +215,19 @@ impl Node {
         std::fs::rename(new, &self.clock).unwrap();
     }
 
-    /// With the credentials that the node left in its state folder.
     pub(crate) fn client(&self) -> Admin {
+        Admin { address: self.admin, tls: self.tls.clone() }
+    }
+
+    /// The credentials that the node left in its state folder.
+    fn read_credentials(&self) {
         let folder = self.state.join("admin");
         let svid = Svid::load(&folder, "admin").unwrap().expect("the administrator's certificate");
         let trust = TrustStore::new();
         let domain: TrustDomain = FEDERATION.parse().unwrap();
         trust.set([(domain, vec![svid.chain().last().unwrap().clone()])].into());
         let tls = client_config(Some(&IdentitySource::new(svid)), &trust, Arc::new(|_| true), &[b"http/1.1"]).unwrap();
-        Admin { address: self.admin, tls: Arc::new(tls) }
+        *self.tls.lock().unwrap() = Some(Arc::new(tls));
     }
 }
 
@@ -239,7 +252,8 @@ impl Admin {
 
     async fn exchange(&self, method: &str, path: &str, body: &str) -> anyhow::Result<(StatusCode, Value)> {
         let tcp = TcpStream::connect(self.address).await?;
-        let tls = TlsConnector::from(self.tls.clone()).connect(ServerName::try_from("127.0.0.1")?, tcp).await?;
+        let tls = self.tls.lock().unwrap().clone().context("no credentials yet")?;
+        let tls = TlsConnector::from(tls).connect(ServerName::try_from("127.0.0.1")?, tcp).await?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(tls)).await?;
         let driver = tokio::spawn(connection);
         let request = Request::builder().method(method).uri(path).header("host", "cp");
