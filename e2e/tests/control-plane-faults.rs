@@ -44,7 +44,8 @@ use self::{
 
 const CLIENTS: u64 = 8;
 const AGENTS: u64 = 3;
-const ROUND: Duration = Duration::from_secs(120);
+/// Long enough for each fault to happen once.
+const ROUND: Duration = Duration::from_secs(105);
 
 fn seed() -> u64 {
     let given = std::env::var("ISTHMUS_SEED").ok().map(|seed| seed.parse().expect("ISTHMUS_SEED is a number"));

@@ -39,7 +39,7 @@ use super::{Group, Inbound, Own, Peer, Peers, Proposer, Store, StoreError};
 use crate::state::{Actor, Command, MintToken, ProposalId, State, TokenHash};
 
 /// Schedules of one run of the suite; each of so long a time.
-const SCHEDULES: u64 = 200;
+const SCHEDULES: u64 = 120;
 const LASTING: Duration = Duration::from_secs(20);
 const THREADS: usize = 2;
 /// Schedules among which a planted bug must show.
