@@ -1,10 +1,15 @@
 //! What can be typed, with an example for each command.
 
+mod access;
+
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use isthmus_model::ids::{ClusterName, NodeName, ServiceName};
 
+pub(crate) use self::access::{
+    AuditArgs, ContextCommand, Role, RoleBindingCommand, SetRoleBinding, Shell, TokenCommand,
+};
 use crate::shapes::Stamp;
 
 /// Look at and steer an Isthmus federation.
@@ -20,12 +25,15 @@ use crate::shapes::Stamp;
         isthmusctl explain shop/cart --from us-east   where its traffic goes, and why\n  \
         isthmusctl wait --timeout 30s                 until everyone has the latest\n\n\
         The context file says which control plane to talk to, and as whom. The control plane writes one on its first \
-        start: <stateDir>/admin/context.yaml."
+        start: <stateDir>/admin/context.yaml. `isthmusctl context add` takes it over under a name."
 )]
 pub(crate) struct Cli {
-    /// Context file [default: ~/.isthmus/context.yaml]
-    #[arg(long, global = true, env = "ISTHMUS_CONTEXT", value_name = "FILE")]
-    pub(crate) context: Option<PathBuf>,
+    /// A context's name, or a context file [default: the one in use]
+    #[arg(long, global = true, env = "ISTHMUS_CONTEXT", value_name = "NAME|FILE")]
+    pub(crate) context: Option<String>,
+    /// The file in which contexts have names [default: ~/.isthmus/context.yaml]
+    #[arg(long, global = true, env = "ISTHMUS_CONTEXTS", value_name = "FILE")]
+    pub(crate) contexts: Option<PathBuf>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -114,6 +122,32 @@ pub(crate) enum Command {
         /// Do not ask
         #[arg(long)]
         yes: bool,
+    },
+    /// Which control planes there are to talk to, and as whom
+    #[command(subcommand)]
+    Context(ContextCommand),
+    /// API tokens: mint, list, delete
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// Who may do what: roles of users, groups, tokens and certificates
+    #[command(subcommand)]
+    RoleBinding(RoleBindingCommand),
+    /// Every attempt, allowed or denied: who, from where, what, and what came of it
+    #[command(after_help = "Examples:\n  isthmusctl audit\n  isthmusctl audit --outcome refused --since 24h\n  \
+        isthmusctl audit --who user:alice --limit 1000\n  isthmusctl audit --limit 10240 -o jsonl > audit.jsonl\n\n\
+        What was refused before it reached the control plane's log is told by the node at which it happened: ask each.")]
+    Audit(AuditArgs),
+    /// As whom the control plane sees you, and your roles
+    #[command(after_help = "Examples:\n  isthmusctl whoami\n  isthmusctl whoami -o json")]
+    Whoami(FormatArgs),
+    /// Print what makes a shell complete this program's commands
+    #[command(after_help = "Examples:\n  source <(isthmusctl completion bash)\n  \
+        isthmusctl completion zsh > ~/.zfunc/_isthmusctl\n  \
+        isthmusctl completion fish | source")]
+    Completion {
+        /// Which shell
+        #[arg(value_enum)]
+        shell: Shell,
     },
     /// This program's version
     #[command(after_help = "Example:\n  isthmusctl version")]

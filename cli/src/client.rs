@@ -1,4 +1,5 @@
-//! The control plane's admin REST (`docs` call it the admin API): JSON over mutual TLS, one method per kind of call.
+//! The control plane's admin REST (`docs` call it the admin API): JSON over TLS, with a certificate, a token, or both, one
+//! method per kind of call.
 //!
 //! Errors are for people: where it was tried, what it means, what to check. Every call has a deadline and a bounded
 //! answer.
@@ -47,6 +48,27 @@ impl Client {
         self.call(self.request(Method::GET, path), path).await
     }
 
+    /// The same with a query, whose values may be anything.
+    pub(crate) async fn query<T: DeserializeOwned>(&self, path: &str, query: &[(&str, String)]) -> anyhow::Result<T> {
+        self.call(self.request(Method::GET, path).query(query), path).await
+    }
+
+    /// Replaces what is there, if its version is `expected`; 0: if there is nothing.
+    pub(crate) async fn put<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+        expected: Option<u64>,
+    ) -> anyhow::Result<T> {
+        let request = self.request(Method::PUT, path).json(body);
+        let request = match expected {
+            None => request,
+            Some(0) => request.header("if-none-match", "*"),
+            Some(version) => request.header("if-match", format!("\"{version}\"")),
+        };
+        self.call(request, path).await
+    }
+
     pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> anyhow::Result<T> {
         self.call(self.request(Method::POST, path).json(body), path).await
     }
@@ -71,7 +93,11 @@ impl Client {
     }
 
     fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http.request(method, format!("https://{}/v1/{path}", self.context.server))
+        let request = self.http.request(method, format!("https://{}/v1/{path}", self.context.server));
+        match &self.context.token {
+            Some(token) => request.bearer_auth(token.expose()),
+            None => request,
+        }
     }
 
     async fn call<T: DeserializeOwned>(&self, request: RequestBuilder, path: &str) -> anyhow::Result<T> {
@@ -112,8 +138,15 @@ impl Client {
             Err(_) => format!("HTTP {status}"),
         };
         match status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                format!("{} does not let this certificate in: {said}\n{}", self.server(), self.check_certificate())
+            StatusCode::UNAUTHORIZED => {
+                format!("{} does not know who is calling: {said}\n{}", self.server(), self.check_credentials())
+            }
+            // It says which role is missing, and who can give it.
+            StatusCode::FORBIDDEN => {
+                format!("not allowed: {said}\n`isthmusctl whoami` shows as whom you came, and your roles")
+            }
+            StatusCode::TOO_MANY_REQUESTS => {
+                format!("{} asks for patience: {said}\nsomething else may be using the same credentials", self.server())
             }
             _ => said,
         }
@@ -143,6 +176,20 @@ impl Client {
             );
         }
         anyhow::anyhow!("the call to {server} failed: {reason}")
+    }
+
+    fn check_credentials(&self) -> String {
+        match (&self.context.token, self.context.certificate) {
+            (Some(_), true) => format!(
+                "{} has a certificate and a token, and then the token decides: check `token` or `tokenFile`, or take it away",
+                self.context.path.display()
+            ),
+            (Some(_), false) => format!(
+                "check `token` or `tokenFile` in {}: it must be whole, not expired, and of this federation",
+                self.context.path.display()
+            ),
+            (None, _) => self.check_certificate(),
+        }
     }
 
     fn check_certificate(&self) -> String {

@@ -361,3 +361,71 @@ impl std::fmt::Display for FileProblem {
         write!(f, " {}", self.message)
     }
 }
+
+/// One of `GET /v1/tokens`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct ApiToken {
+    pub(crate) name: String,
+    /// Unix time in milliseconds.
+    pub(crate) created_at: u64,
+    /// Unix time in milliseconds.
+    pub(crate) expires_at: u64,
+    pub(crate) expired: bool,
+}
+
+/// One of `GET /v1/role-bindings`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct RoleBinding {
+    pub(crate) name: String,
+    /// Each is a kind and a name.
+    pub(crate) subjects: Vec<std::collections::BTreeMap<String, String>>,
+    pub(crate) role: String,
+    pub(crate) namespaces: Vec<String>,
+    pub(crate) resource_version: u64,
+}
+
+/// The answer to a deletion.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct Deleted {
+    pub(crate) deleted: String,
+}
+
+/// One of `GET /v1/audit`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct AuditEntry {
+    /// Unix time in milliseconds.
+    pub(crate) at: u64,
+    pub(crate) who: String,
+    #[serde(default)]
+    pub(crate) from: String,
+    pub(crate) action: String,
+    #[serde(default)]
+    pub(crate) subject: String,
+    pub(crate) outcome: String,
+    pub(crate) count: u64,
+    pub(crate) before: Stamp,
+    pub(crate) after: Stamp,
+}
+
+/// `GET /v1/whoami`.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct WhoAmI {
+    pub(crate) who: String,
+    pub(crate) kind: String,
+    #[serde(default)]
+    pub(crate) groups: Vec<String>,
+    #[serde(default)]
+    pub(crate) root: bool,
+    #[serde(default)]
+    pub(crate) roles: Vec<HeldRole>,
+}
+
+/// One of [`WhoAmI::roles`].
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct HeldRole {
+    pub(crate) role: String,
+    pub(crate) namespaces: Vec<String>,
+}

@@ -37,6 +37,12 @@ pub struct Config {
     /// The consensus engine.
     #[serde(default)]
     pub raft: Raft,
+    /// The admin API: who is believed, and how often one may ask.
+    #[serde(default)]
+    pub admin: AdminConfig,
+    /// How often a cluster may publish.
+    #[serde(default)]
+    pub publications: Publications,
     /// How long open sessions may take to end after SIGTERM.
     #[serde(default = "drain_grace", with = "humantime_serde")]
     pub drain_grace: Duration,
@@ -68,6 +74,141 @@ pub struct Raft {
     pub snapshot_after_entries: u64,
     /// Size of the log's files, in bytes. They are reserved whole, so that a full disk is found when one is begun.
     pub segment_bytes: u64,
+}
+
+/// See [`Config::admin`].
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct AdminConfig {
+    /// OpenID Connect issuers whose tokens are taken.
+    pub oidc: Vec<OidcIssuer>,
+    /// Requests that one caller may make for any length of time.
+    pub requests_per_second: u32,
+    /// And at once.
+    pub burst: u32,
+}
+
+/// See [`AdminConfig::oidc`].
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct OidcIssuer {
+    /// The claim `iss`, exactly.
+    pub issuer: String,
+    /// What the claim `aud` must name.
+    pub audience: String,
+    /// https URL of its keys. This or `jwksFile`.
+    #[serde(default)]
+    pub jwks_uri: Option<String>,
+    /// A file that holds them, read again like the URL.
+    #[serde(default)]
+    pub jwks_file: Option<PathBuf>,
+    /// The claim that names the user.
+    #[serde(default = "username_claim")]
+    pub username_claim: String,
+    /// The claim that names its groups.
+    #[serde(default = "groups_claim")]
+    pub groups_claim: String,
+    /// Put before the names of users and groups, so that those of two issuers differ.
+    #[serde(default)]
+    pub prefix: String,
+    /// PEM: the roots that `jwksUri`'s server is checked with, instead of the system's.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
+    /// The least time between two attempts to get the keys, however many tokens name unknown ones.
+    #[serde(default = "keys_min_refresh", with = "humantime_serde")]
+    pub keys_min_refresh: Duration,
+}
+
+/// See [`Config::publications`].
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields, default)]
+pub struct Publications {
+    /// Changes of one cluster's exports and gateways that are committed for any length of time.
+    pub per_second: u32,
+    /// And at once.
+    pub burst: u32,
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        Self { oidc: Vec::new(), requests_per_second: 50, burst: 200 }
+    }
+}
+
+impl Default for Publications {
+    fn default() -> Self {
+        Self { per_second: 20, burst: 200 }
+    }
+}
+
+fn username_claim() -> String {
+    "sub".to_owned()
+}
+
+fn groups_claim() -> String {
+    "groups".to_owned()
+}
+
+fn keys_min_refresh() -> Duration {
+    Duration::from_secs(30)
+}
+
+impl Validate for AdminConfig {
+    fn validate(&self, problems: &mut Problems) {
+        for (field, value) in [("requestsPerSecond", self.requests_per_second), ("burst", self.burst)] {
+            if value == 0 {
+                problems.add(field, "use 1 or more");
+            }
+        }
+        for (i, oidc) in self.oidc.iter().enumerate() {
+            problems.within(&format!("oidc[{i}]"), oidc);
+            let others = self.oidc.iter().take(i);
+            for (j, other) in others.enumerate() {
+                if other.issuer == oidc.issuer {
+                    problems.add(format!("oidc[{i}].issuer"), format!("is also that of oidc[{j}]"));
+                }
+                if other.prefix.starts_with(&oidc.prefix) || oidc.prefix.starts_with(&other.prefix) {
+                    problems.add(
+                        format!("oidc[{i}].prefix"),
+                        format!(
+                            "{:?} begins like that of oidc[{j}], {:?}: one issuer could name the other's users; give each a \
+                             prefix of its own, for example \"corp:\"",
+                            oidc.prefix, other.prefix
+                        ),
+                    );
+                }
+            }
+        }
+    }
+}
+
+impl Validate for OidcIssuer {
+    fn validate(&self, problems: &mut Problems) {
+        for (field, text) in [
+            ("issuer", &self.issuer),
+            ("audience", &self.audience),
+            ("usernameClaim", &self.username_claim),
+            ("groupsClaim", &self.groups_claim),
+        ] {
+            if text.is_empty() {
+                problems.add(field, "must not be empty");
+            }
+        }
+        match (&self.jwks_uri, &self.jwks_file) {
+            (Some(_), Some(_)) => problems.add("jwksFile", "is there beside jwksUri; keep one"),
+            (None, None) => problems.add("jwksUri", "name where the issuer's keys are: jwksUri or jwksFile"),
+            (Some(uri), None) if !uri.starts_with("https://") => {
+                problems.add("jwksUri", format!("{uri:?} is no https URL; who can change the keys can be anybody"));
+            }
+            _ => {}
+        }
+        if self.ca_file.is_some() && self.jwks_uri.is_none() {
+            problems.add("caFile", "is of no use without jwksUri");
+        }
+        if self.keys_min_refresh < Duration::from_secs(1) {
+            problems.add("keysMinRefresh", "use 1s or more");
+        }
+    }
 }
 
 /// The smallest file of a log.
@@ -120,6 +261,13 @@ impl Validate for Config {
         if self.raft.segment_bytes < MIN_SEGMENT {
             problems.add("raft.segmentBytes", format!("use {MIN_SEGMENT} or more"));
         }
+        problems.within("admin", &self.admin);
+        if self.publications.per_second == 0 {
+            problems.add("publications.perSecond", "use 1 or more");
+        }
+        if self.publications.burst == 0 {
+            problems.add("publications.burst", "use 1 or more");
+        }
         problems.within("telemetry", &self.telemetry);
         if self.drain_grace.is_zero() {
             problems.add("drainGrace", "use more than 0, for example 10s");
@@ -138,6 +286,49 @@ pub(crate) fn is_host_port(text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn issuer(issuer: &str, prefix: &str) -> OidcIssuer {
+        serde_json::from_value(serde_json::json!({
+            "issuer": issuer, "audience": "isthmus", "jwksUri": "https://id.example/keys", "prefix": prefix,
+        }))
+        .unwrap()
+    }
+
+    fn problems(admin: &AdminConfig) -> Vec<String> {
+        let mut problems = Problems::default();
+        admin.validate(&mut problems);
+        problems.iter().map(|(field, _)| field.to_owned()).collect()
+    }
+
+    #[test]
+    fn issuers_must_not_be_able_to_name_each_others_users() {
+        let of = |prefixes: [&str; 2]| AdminConfig {
+            oidc: vec![issuer("https://a", prefixes[0]), issuer("https://b", prefixes[1])],
+            ..AdminConfig::default()
+        };
+        assert_eq!(problems(&of(["a:", "b:"])), [""; 0]);
+        for bad in [["", ""], ["", "b:"], ["b:", ""], ["a:", "a:b"], ["a:", "a:"]] {
+            assert_eq!(problems(&of(bad)), ["oidc[1].prefix"], "{bad:?}");
+        }
+        let same =
+            AdminConfig { oidc: vec![issuer("https://a", "a:"), issuer("https://a", "b:")], ..AdminConfig::default() };
+        assert_eq!(problems(&same), ["oidc[1].issuer"]);
+    }
+
+    #[test]
+    fn an_issuers_keys_come_from_one_place_over_https() {
+        let check = |change: fn(&mut OidcIssuer)| {
+            let mut one = issuer("https://a", "");
+            change(&mut one);
+            problems(&AdminConfig { oidc: vec![one], ..AdminConfig::default() })
+        };
+        assert_eq!(check(|_| {}), [""; 0]);
+        assert_eq!(check(|o| o.jwks_uri = Some("http://id.example/keys".to_owned())), ["oidc[0].jwksUri"]);
+        assert_eq!(check(|o| o.jwks_uri = None), ["oidc[0].jwksUri"]);
+        assert_eq!(check(|o| o.jwks_file = Some("keys".into())), ["oidc[0].jwksFile"]);
+        assert_eq!(check(|o| o.keys_min_refresh = Duration::ZERO), ["oidc[0].keysMinRefresh"]);
+        assert_eq!(check(|o| o.audience.clear()), ["oidc[0].audience"]);
+    }
 
     #[test]
     fn an_address_to_dial_needs_host_and_port() {

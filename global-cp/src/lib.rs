@@ -11,6 +11,7 @@ pub mod admin;
 pub mod authority;
 pub mod config;
 pub mod federation;
+mod limits;
 pub mod metrics;
 pub mod nodes;
 pub mod raft;
@@ -34,7 +35,11 @@ use isthmus_runtime::{
 };
 
 use crate::{
-    admin::{Admin, CredentialsError, write_credentials},
+    admin::{
+        Admin, CredentialsError, JournalError, OidcError,
+        auth::{Issuers, journal::Journal},
+        write_credentials,
+    },
     authority::{Authority, AuthorityError},
     config::Config,
     federation::FederationService,
@@ -101,6 +106,12 @@ pub enum BuildError {
     /// The administrator's files.
     #[error("write the administrator's credentials")]
     Credentials(#[from] CredentialsError),
+    /// The audit log of this node.
+    #[error("open this node's audit log")]
+    Journal(#[from] JournalError),
+    /// The issuers of administrators' tokens.
+    #[error("prepare the issuers in admin.oidc")]
+    Oidc(#[from] OidcError),
     /// A thread.
     #[error("the thread that prepared the state folder ended early")]
     Thread,
@@ -162,6 +173,7 @@ pub async fn build(config: Config) -> Result<Bound, BuildError> {
         status.clone(),
         metrics.clone(),
         tasks.shutdown(),
+        config.publications,
     );
     let nodes =
         Nodes::new(authority.clone(), (proposer.clone(), group.views()), Inbound::new(group.clone()), status.clone());
@@ -182,7 +194,10 @@ pub async fn build(config: Config) -> Result<Bound, BuildError> {
         peers,
         views: group.views(),
         status,
+        journal: Journal::open(&config.state_dir, &tasks)?,
     };
+    let issuers = Issuers::start(&config.admin.oidc, &tasks)?;
+    let admin_config = config.admin.clone();
     if group.began_alone() {
         found(&group, &proposer, &authority, (&own, &config))
             .await
@@ -191,7 +206,7 @@ pub async fn build(config: Config) -> Result<Bound, BuildError> {
     } else {
         found_when_led(&tasks, (group.clone(), proposer, authority.clone()), own, config.clone());
     }
-    admin_api.serve(admin, &tasks, &mut registry)?;
+    admin_api.serve(admin, (&admin_config, issuers), &tasks, &mut registry)?;
     let bound = Bound {
         grpc: grpc_addr,
         admin: admin_addr,

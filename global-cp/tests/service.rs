@@ -480,7 +480,8 @@ async fn the_state_folder_of_another_federation_is_refused() {
 async fn health_and_metrics_are_served() {
     let dir = tempfile::tempdir().unwrap();
     let cp = ControlPlane::start(dir.path()).await;
-    assert_eq!(http_get(cp.health, "/readyz").await.0, StatusCode::OK);
+    let ready = async || http_get(cp.health, "/readyz").await.0 == StatusCode::OK;
+    wait_for("readiness", Duration::from_secs(5), ready).await.unwrap();
     let svid = cp.join(&Agent::new("us-east")).await;
     let mut session = Session::open(&mut cp.client(Some(&svid)), "us-east", None).await.unwrap();
     let revision = session.snapshot().await.stamp.unwrap().revision;

@@ -92,7 +92,7 @@ pub(super) fn table(events: &[Event]) -> String {
 }
 
 /// RFC 3339, to the second.
-fn time(unix_ms: u64) -> String {
+pub(super) fn time(unix_ms: u64) -> String {
     let at = std::time::UNIX_EPOCH + std::time::Duration::from_millis(unix_ms);
     humantime::format_rfc3339_seconds(at).to_string()
 }

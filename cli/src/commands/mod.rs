@@ -1,23 +1,31 @@
 //! One module per command. Each fetches, decides with a pure function, prints.
 
+#[cfg(test)]
+mod access_tests;
+mod audit;
 mod backup;
 mod cluster;
+mod context;
 mod cp;
 mod declare;
 mod describe;
 mod explain;
 mod get;
 mod history;
+mod role_binding;
 mod status;
 #[cfg(test)]
 mod tests;
+mod token;
 mod wait;
+mod whoami;
 
 use std::{
     io::Write,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use clap::CommandFactory as _;
 use isthmus_model::{
     failover::{Eligibility, Tier},
     time::Timestamp,
@@ -25,19 +33,30 @@ use isthmus_model::{
 
 use crate::{
     Verdict,
-    args::{Cli, Command},
+    args::{Cli, Command, Shell},
     client::Client,
-    context,
+    context::{self as contexts, Choice},
 };
 
 /// Runs one command line; what it is asked for goes to `out`, everything else to stderr.
 pub(crate) async fn run(cli: Cli, out: &mut dyn Write) -> anyhow::Result<Verdict> {
-    if let Command::Version = cli.command {
-        writeln!(out, "isthmusctl {}", env!("CARGO_PKG_VERSION"))?;
-        return Ok(Verdict::Yes);
-    }
-    let client = Client::new(context::load(cli.context)?)?;
+    let choice = Choice { context: cli.context, contexts: cli.contexts };
+    // Those that talk to nobody.
     match cli.command {
+        Command::Version => {
+            writeln!(out, "isthmusctl {}", env!("CARGO_PKG_VERSION"))?;
+            return Ok(Verdict::Yes);
+        }
+        Command::Completion { shell } => return completion(shell, out),
+        Command::Context(command) => return context::run(&choice, command, out),
+        _ => {}
+    }
+    let client = Client::new(contexts::load(&choice)?)?;
+    match cli.command {
+        Command::Token(command) => token::run(&client, command, out).await,
+        Command::RoleBinding(command) => role_binding::run(&client, command, out).await,
+        Command::Audit(args) => audit::run(&client, args, out).await,
+        Command::Whoami(args) => whoami::run(&client, args.output, out).await,
         Command::Cluster(command) => cluster::run(&client, command, out).await,
         Command::Cp(command) => cp::run(&client, command, out).await,
         Command::Status(args) => status::run(&client, args, out).await,
@@ -55,8 +74,23 @@ pub(crate) async fn run(cli: Cli, out: &mut dyn Write) -> anyhow::Result<Verdict
         Command::Rollback { revision } => history::rollback(&client, revision, out).await,
         Command::Backup { file } => backup::take(&client, &file).await,
         Command::Restore { file, yes } => backup::restore(&client, &file, yes, out).await,
-        Command::Version => Ok(Verdict::Yes),
+        Command::Version | Command::Completion { .. } | Command::Context(_) => Ok(Verdict::Yes),
     }
+}
+
+fn completion(shell: Shell, out: &mut dyn Write) -> anyhow::Result<Verdict> {
+    let shell = match shell {
+        Shell::Bash => clap_complete::Shell::Bash,
+        Shell::Zsh => clap_complete::Shell::Zsh,
+        Shell::Fish => clap_complete::Shell::Fish,
+    };
+    let mut command = Cli::command();
+    let name = command.get_name().to_owned();
+    // It panics if it cannot write, which a reader that has gone must not cause.
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut command, name, &mut text);
+    out.write_all(&text)?;
+    Ok(Verdict::Yes)
 }
 
 fn now() -> Timestamp {

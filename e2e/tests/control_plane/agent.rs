@@ -257,7 +257,7 @@ impl Agent {
                     }
                     self.take(next);
                 }
-                Some(control_message::Kind::Nodes(_)) | None => {}
+                Some(control_message::Kind::Nodes(_) | control_message::Kind::Conditions(_)) | None => {}
             }
         }
     }
@@ -291,9 +291,9 @@ impl Agent {
             gateways: vec![gateway],
             bundle: Some((&self.ca.bundle()).into()),
         };
-        AgentMessage {
-            kind: Some(agent_message::Kind::Publish(pb::Publish { sequence: 1, publication: Some(publication) })),
-        }
+        // One agent, whatever node it goes to.
+        let publish = pb::Publish { sequence: 1, publication: Some(publication), incarnation: vec![7; 16] };
+        AgentMessage { kind: Some(agent_message::Kind::Publish(publish)) }
     }
 }
 

@@ -3,11 +3,9 @@
 use std::collections::BTreeMap;
 
 use axum::{
-    Json, Router,
-    extract::{ConnectInfo, Path, State},
-    routing::{get, post},
+    Json,
+    extract::{Path, State},
 };
-use isthmus_identity::grpc::PeerInfo;
 use isthmus_model::{
     global::{ClusterInfo, Locality},
     grant::ClusterGrant,
@@ -15,26 +13,20 @@ use isthmus_model::{
     service::GatewayAddress,
     time::Timestamp,
 };
+use schemars::JsonSchema;
 use serde::Serialize;
 
 use super::{
     Admin,
-    routes::{Answer, Consistency, actor, cluster_name},
+    auth::Caller,
+    openapi::StampShape,
+    routes::{Answer, Consistency, cluster_name},
 };
 use crate::state::{Command, ExportCondition, HeldWithdrawal, Rejection, State as Replicated};
 
-pub(super) fn routes() -> Router<Admin> {
-    Router::new()
-        .route("/v1/clusters", get(list))
-        .route("/v1/clusters/{name}", get(one))
-        .route("/v1/clusters/{name}/drain", post(drain))
-        .route("/v1/clusters/{name}/undrain", post(undrain))
-        .route("/v1/clusters/{name}/confirm-withdrawal", post(confirm_withdrawal))
-}
-
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Cluster {
+pub(super) struct Cluster {
     name: ClusterName,
     /// `pending` (it has a join token), `active`, `draining`, `revoked`.
     state: &'static str,
@@ -64,19 +56,25 @@ struct Member {
     conditions: Vec<ExportCondition>,
 }
 
-#[derive(Debug, Serialize)]
-struct Done {
+/// Where the state stands, and whether it had to change for that.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Done {
+    #[schemars(with = "StampShape")]
     stamp: Stamp,
     changed: bool,
 }
 
-async fn list(State(admin): State<Admin>, consistency: Consistency) -> Answer<Vec<Cluster>> {
+pub(super) async fn list(State(admin): State<Admin>, consistency: Consistency) -> Answer<Vec<Cluster>> {
     admin.wait(consistency).await?;
     let view = admin.views.borrow().clone();
     Ok(Json(all(view.state()).into_values().collect()))
 }
 
-async fn one(State(admin): State<Admin>, consistency: Consistency, Path(name): Path<String>) -> Answer<Cluster> {
+pub(super) async fn one(
+    State(admin): State<Admin>,
+    consistency: Consistency,
+    Path(name): Path<String>,
+) -> Answer<Cluster> {
     let cluster = cluster_name(&name)?;
     admin.wait(consistency).await?;
     let view = admin.views.borrow().clone();
@@ -84,27 +82,23 @@ async fn one(State(admin): State<Admin>, consistency: Consistency, Path(name): P
     found.map(Json).ok_or_else(|| Rejection::UnknownCluster { cluster }.into())
 }
 
-async fn drain(admin: State<Admin>, peer: ConnectInfo<PeerInfo>, Path(name): Path<String>) -> Answer<Done> {
+pub(super) async fn drain(admin: State<Admin>, caller: Caller, Path(name): Path<String>) -> Answer<Done> {
     let cluster = cluster_name(&name)?;
-    change(&admin, &peer, Command::Drain { cluster, drain: true }).await
+    change(&admin, &caller, Command::Drain { cluster, drain: true }).await
 }
 
-async fn undrain(admin: State<Admin>, peer: ConnectInfo<PeerInfo>, Path(name): Path<String>) -> Answer<Done> {
+pub(super) async fn undrain(admin: State<Admin>, caller: Caller, Path(name): Path<String>) -> Answer<Done> {
     let cluster = cluster_name(&name)?;
-    change(&admin, &peer, Command::Drain { cluster, drain: false }).await
+    change(&admin, &caller, Command::Drain { cluster, drain: false }).await
 }
 
-async fn confirm_withdrawal(
-    admin: State<Admin>,
-    peer: ConnectInfo<PeerInfo>,
-    Path(name): Path<String>,
-) -> Answer<Done> {
+pub(super) async fn confirm_withdrawal(admin: State<Admin>, caller: Caller, Path(name): Path<String>) -> Answer<Done> {
     let cluster = cluster_name(&name)?;
-    change(&admin, &peer, Command::ConfirmWithdrawal { cluster }).await
+    change(&admin, &caller, Command::ConfirmWithdrawal { cluster }).await
 }
 
-async fn change(admin: &Admin, peer: &PeerInfo, command: Command) -> Answer<Done> {
-    let outcome = admin.proposer.by(actor(peer)).propose(command).await?;
+async fn change(admin: &Admin, caller: &Caller, command: Command) -> Answer<Done> {
+    let outcome = admin.proposer.by(caller.actor()).propose(command).await?;
     Ok(Json(Done { stamp: outcome.stamp, changed: outcome.changed }))
 }
 

@@ -1,8 +1,15 @@
 //! Errors of the admin API, in one JSON shape.
 
+use std::time::Duration;
+
 use axum::{
     Json,
-    http::StatusCode,
+    body::Bytes,
+    extract::{FromRequest, Request},
+    http::{
+        HeaderValue, StatusCode,
+        header::{RETRY_AFTER, WWW_AUTHENTICATE},
+    },
     response::{IntoResponse, Response},
 };
 use isthmus_runtime::tasks::chain;
@@ -20,6 +27,11 @@ pub(super) struct ApiError {
     code: &'static str,
     message: String,
     field: Option<&'static str>,
+    /// It is among the replicated events.
+    committed: bool,
+    /// Goes into a header: how to be let in, or when to come back.
+    challenge: Option<&'static str>,
+    retry_after: Option<Duration>,
     problems: Vec<Place>,
 }
 
@@ -34,8 +46,20 @@ pub(super) struct Place {
     pub(super) message: String,
 }
 
+/// What went wrong, beside the response, for the audit log.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Failure {
+    pub(super) code: &'static str,
+    pub(super) message: String,
+    /// It is among the replicated events.
+    pub(super) committed: bool,
+}
+
+/// A request's body, within the route's limit.
+pub(super) struct Body(pub(super) Bytes);
+
 #[derive(Serialize)]
-struct Body<'a> {
+struct Wrapped<'a> {
     error: Detail<'a>,
 }
 
@@ -50,9 +74,23 @@ struct Detail<'a> {
 }
 
 impl ApiError {
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self {
+            status,
+            code,
+            message,
+            field: None,
+            committed: false,
+            challenge: None,
+            retry_after: None,
+            problems: Vec::new(),
+        }
+    }
+
     /// Something in the request is wrong.
     pub(super) fn invalid(field: &'static str, message: impl Into<String>) -> Self {
-        Self { field: Some(field), ..Self::new(StatusCode::BAD_REQUEST, "invalid", message.into()) }
+        Self { field: Some(field), ..Self::new(StatusCode::BAD_REQUEST, "invalid", message) }
     }
 
     /// Several things in what was sent are wrong.
@@ -64,24 +102,66 @@ impl ApiError {
         Self { problems, ..Self::new(StatusCode::BAD_REQUEST, "invalid", message) }
     }
 
-    fn new(status: StatusCode, code: &'static str, message: String) -> Self {
-        Self { status, code, message, field: None, problems: Vec::new() }
-    }
-
     /// What was named is not there.
     pub(super) fn not_found(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::NOT_FOUND, "not_found", message.into())
+        Self::new(StatusCode::NOT_FOUND, "not_found", message)
     }
 
     /// The path exists, but not with this method.
     pub(super) fn method(message: impl Into<String>) -> Self {
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message.into())
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
     }
 
     /// Not yet.
     pub(super) fn not_ready() -> Self {
-        let message = "the control plane is not ready; try again in a moment".to_owned();
+        let message = "the control plane is not ready; try again in a moment";
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message)
+    }
+
+    /// Nobody is known to be calling.
+    pub(super) fn unauthenticated(code: &'static str, message: impl Into<String>, nothing_shown: bool) -> Self {
+        // RFC 6750, 3.1: whoever has shown nothing is not told that it was wrong.
+        let challenge = match nothing_shown {
+            true => "Bearer realm=\"isthmus\"",
+            false => "Bearer realm=\"isthmus\", error=\"invalid_token\"",
+        };
+        Self { challenge: Some(challenge), ..Self::new(StatusCode::UNAUTHORIZED, code, message) }
+    }
+
+    /// The caller may not.
+    pub(super) fn denied(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::FORBIDDEN, "denied", message)
+    }
+
+    /// The caller asks too often.
+    pub(super) fn throttled(wait: Duration) -> Self {
+        let message = format!(
+            "too many requests; the next one may come in {:.1} s. `admin.requestsPerSecond` and `admin.burst` set the limit",
+            wait.as_secs_f64()
+        );
+        Self { retry_after: Some(wait), ..Self::new(StatusCode::TOO_MANY_REQUESTS, "throttled", message) }
+    }
+
+    /// A bug, or an engine that stops.
+    pub(super) fn internal() -> Self {
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "something went wrong in here; see the node's log")
+    }
+}
+
+/// The body whole, or why not.
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let read = Bytes::from_request(request, state).await;
+        read.map(Self).map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => ApiError::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "too_large",
+                "the request's body is over this route's limit",
+            ),
+            _ => ApiError::invalid("body", "it ended before all of it was here"),
+        })
     }
 }
 
@@ -101,7 +181,7 @@ impl From<Rejection> for ApiError {
 impl From<ProposeError> for ApiError {
     fn from(error: ProposeError) -> Self {
         let (status, code) = match error {
-            ProposeError::Rejected(rejection) => return rejection.into(),
+            ProposeError::Rejected(rejection) => return Self { committed: true, ..rejection.into() },
             ProposeError::NoLeader { .. } => (StatusCode::SERVICE_UNAVAILABLE, "no_leader"),
             ProposeError::Refused { .. } => (StatusCode::BAD_GATEWAY, "refused_by_leader"),
             ProposeError::Deadline => (StatusCode::GATEWAY_TIMEOUT, "deadline"),
@@ -125,6 +205,17 @@ impl From<ReadError> for ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let detail = Detail { code: self.code, message: &self.message, field: self.field, problems: &self.problems };
-        (self.status, Json(Body { error: detail })).into_response()
+        let mut response = (self.status, Json(Wrapped { error: detail })).into_response();
+        if let Some(challenge) = self.challenge {
+            response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static(challenge));
+        }
+        if let Some(wait) = self.retry_after {
+            // Whole seconds, and never zero: who comes back too early is refused again.
+            let seconds = wait.as_secs().saturating_add(1);
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        let failure = Failure { code: self.code, message: self.message, committed: self.committed };
+        response.extensions_mut().insert(failure);
+        response
     }
 }

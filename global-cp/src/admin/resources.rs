@@ -1,46 +1,40 @@
 //! Resources: read, applied as whole files (all or none, with all problems at once), deleted.
 
 use axum::{
-    Json, Router,
-    body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, Path, RawQuery, State},
-    routing::{get, post},
+    Json,
+    extract::{Path, RawQuery, State},
 };
 use isthmus_api::manifest::{
     ManifestError,
     declared::{Declaration, Declared, Kind, SETTINGS, parse},
 };
-use isthmus_identity::grpc::PeerInfo;
 use isthmus_model::{
     global::Settings,
     grant::ClusterGrant,
     ids::{ClusterName, IdError, Revision, Stamp},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
     Admin,
-    error::{ApiError, Place},
-    routes::{Answer, Consistency, actor},
+    auth::Caller,
+    error::{ApiError, Body, Place},
+    openapi::StampShape,
+    routes::{Answer, Consistency},
 };
 use crate::state::{Applied, Apply, Command, Resource, ResourceKey, State as Replicated, Write};
 
 /// Largest set of files.
-const MAX_APPLY: usize = 4 << 20;
+pub(super) const MAX_APPLY: usize = 4 << 20;
 /// Problems that are told.
 const MAX_PROBLEMS: usize = 100;
 
-pub(super) fn routes() -> Router<Admin> {
-    Router::new()
-        .route("/v1/apply", post(apply).layer(DefaultBodyLimit::max(MAX_APPLY)))
-        .route("/v1/resources/{kind}", get(list))
-        .route("/v1/resources/{kind}/{name}", get(one).delete(delete))
-}
-
-#[derive(Debug, Deserialize)]
+/// What to put in force.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct ApplyRequest {
+pub(super) struct ApplyRequest {
     /// In this order.
     files: Vec<ManifestFile>,
     /// Only say what would happen.
@@ -52,25 +46,27 @@ struct ApplyRequest {
 }
 
 /// YAML or JSON, one document or several.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-struct ManifestFile {
+pub(super) struct ManifestFile {
     /// For messages.
     name: String,
     text: String,
 }
 
-#[derive(Debug, Serialize)]
+/// What became of it.
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-struct ApplyAnswer {
+pub(super) struct ApplyAnswer {
     /// Where the state stands now.
+    #[schemars(with = "StampShape")]
     stamp: Stamp,
     dry_run: bool,
     results: Vec<ApplyResult>,
 }
 
-#[derive(Debug, Serialize)]
-struct ApplyResult {
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct ApplyResult {
     kind: &'static str,
     name: String,
     /// `created`, `configured`, `unchanged`, `deleted`.
@@ -82,11 +78,7 @@ struct ApplyResult {
     after: Option<Value>,
 }
 
-async fn apply(
-    State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
-    body: Bytes,
-) -> Answer<ApplyAnswer> {
+pub(super) async fn apply(State(admin): State<Admin>, caller: Caller, Body(body): Body) -> Answer<ApplyAnswer> {
     let request: ApplyRequest = serde_json::from_slice(&body).map_err(|error| {
         ApiError::invalid("body", format!("send {{\"files\": [{{\"name\": …, \"text\": …}}]}}: {error}"))
     })?;
@@ -100,12 +92,16 @@ async fn apply(
         let results = previewed.iter().map(result).collect();
         return Ok(Json(ApplyAnswer { stamp: state.state().stamp(), dry_run: true, results }));
     }
-    let outcome = admin.proposer.by(actor(&peer)).propose(Command::Apply(wanted)).await?;
-    tracing::info!(by = %actor(&peer).who, stamp = %outcome.stamp, changed = outcome.changed, "resources applied");
+    let outcome = admin.proposer.by(caller.actor()).propose(Command::Apply(wanted)).await?;
+    tracing::info!(by = %caller.who(), stamp = %outcome.stamp, changed = outcome.changed, "resources applied");
     Ok(Json(ApplyAnswer { stamp: outcome.stamp, dry_run: false, results: previewed.iter().map(result).collect() }))
 }
 
-async fn list(State(admin): State<Admin>, consistency: Consistency, Path(kind): Path<String>) -> Answer<Vec<Value>> {
+pub(super) async fn list(
+    State(admin): State<Admin>,
+    consistency: Consistency,
+    Path(kind): Path<String>,
+) -> Answer<Vec<Value>> {
     let kind = find(&kind)?;
     admin.wait(consistency).await?;
     let view = admin.views.borrow().clone();
@@ -124,7 +120,7 @@ async fn list(State(admin): State<Admin>, consistency: Consistency, Path(kind): 
     Ok(Json(keys.iter().filter_map(|key| object(state, key)).collect()))
 }
 
-async fn one(
+pub(super) async fn one(
     State(admin): State<Admin>,
     consistency: Consistency,
     Path((kind, name)): Path<(String, String)>,
@@ -135,9 +131,9 @@ async fn one(
     object(view.state(), &key).map(Json).ok_or_else(|| ApiError::not_found(format!("there is no {key}")))
 }
 
-async fn delete(
+pub(super) async fn delete(
     State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    caller: Caller,
     Path((kind, name)): Path<(String, String)>,
     RawQuery(query): RawQuery,
 ) -> Answer<ApplyAnswer> {
@@ -153,7 +149,7 @@ async fn delete(
     admin.wait(Consistency::Linearizable).await?;
     let wanted = Apply { writes: vec![Write::Delete { key, expected }] };
     let previewed = admin.views.borrow().state().preview(&wanted)?;
-    let outcome = admin.proposer.by(actor(&peer)).propose(Command::Apply(wanted)).await?;
+    let outcome = admin.proposer.by(caller.actor()).propose(Command::Apply(wanted)).await?;
     let results = previewed.iter().map(result).collect();
     Ok(Json(ApplyAnswer { stamp: outcome.stamp, dry_run: false, results }))
 }

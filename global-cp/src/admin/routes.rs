@@ -5,14 +5,11 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, FromRequestParts, Path, State},
+    extract::{DefaultBodyLimit, FromRequestParts, Path, State},
     http::{Method, Uri, request::Parts},
-    routing::{delete, get, post},
+    middleware::from_fn_with_state,
 };
-use isthmus_identity::{
-    grpc::PeerInfo,
-    token::{Token, TokenKind, TokenSpec},
-};
+use isthmus_identity::token::{Token, TokenKind, TokenSpec};
 use isthmus_model::{
     availability::Report,
     global::{GlobalService, GlobalSnapshot, Settings},
@@ -20,13 +17,20 @@ use isthmus_model::{
     ids::{ClusterName, IdError, NodeName, Revision, Stamp},
     time::Timestamp,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Admin, clusters, error::ApiError, resources};
+use super::{
+    Admin,
+    auth::{Caller, Gate, pass},
+    error::{ApiError, Body},
+    openapi::{GrantShape, StampShape},
+    table::endpoints,
+};
 use crate::{
     nodes::{reports, status::GroupStatus},
     state::{
-        Actor, Command, Event, MintNodeToken, MintToken, Rejection, TokenHash,
+        Command, Event, MintNodeToken, MintToken, Rejection, TokenHash,
         backup::{self, BackupError},
     },
     status::{self, Heard, StatusView},
@@ -35,54 +39,75 @@ use crate::{
 /// Largest request body.
 const MAX_BODY: usize = 64 << 10;
 /// Events in one answer, unless the request says otherwise, and at most.
-const EVENTS: usize = 100;
-const MAX_EVENTS: usize = 10_240;
+pub(super) const EVENTS: usize = 100;
+pub(super) const MAX_EVENTS: usize = 10_240;
 /// Largest backup.
-const MAX_BACKUP: usize = 512 << 20;
+pub(super) const MAX_BACKUP: usize = 512 << 20;
 /// Life of a join token, unless the request says otherwise, and at most.
 const TOKEN_TTL: Duration = Duration::from_secs(900);
 const MAX_TOKEN_TTL: Duration = Duration::from_secs(24 * 3600);
 /// The cluster that node tokens name.
 const NO_CLUSTER: &str = "control-plane";
 
-#[derive(Debug, Deserialize)]
+/// How long a token is to live.
+#[derive(Debug, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct TokenRequest {
+pub(super) struct TokenRequest {
+    /// Absent: the default of the kind.
     ttl_seconds: Option<u64>,
-    /// Of a cluster's token: what it may do once it has joined.
+}
+
+/// What a cluster's join token is good for.
+#[derive(Debug, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub(super) struct ClusterTokenRequest {
+    /// Absent: 900.
+    ttl_seconds: Option<u64>,
+    /// What the cluster may do once it has joined. Absent: what was declared for it, else everything.
+    #[schemars(with = "Option<GrantShape>")]
     #[serde(default)]
     grant: Option<ClusterGrant>,
 }
 
-#[derive(Debug, Serialize)]
+/// A one-time token.
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-struct TokenResponse {
-    /// To be given to the agent; secret.
+pub(super) struct TokenResponse {
+    /// To be given to the agent or node; secret.
     token: String,
     /// Unix time in milliseconds.
+    #[schemars(with = "u64")]
     expires_at: Timestamp,
 }
 
-#[derive(Debug, Serialize)]
-struct Revoked {
+/// Where the state stands without the cluster.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Revoked {
+    #[schemars(with = "StampShape")]
     stamp: Stamp,
 }
 
 pub(super) type Answer<T> = Result<Json<T>, ApiError>;
 
-#[derive(Debug, Serialize)]
-struct Removed {
+/// Which node was removed.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct Removed {
+    #[schemars(with = "String")]
     node: NodeName,
 }
 
-#[derive(Debug, Serialize)]
+/// What a restore has brought.
+#[derive(Debug, Serialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
-struct Restored {
+pub(super) struct Restored {
     /// Where the state stands now.
+    #[schemars(with = "StampShape")]
     stamp: Stamp,
     /// Where it stood when the backup was taken.
+    #[schemars(with = "StampShape")]
     of: Stamp,
     /// Unix time in milliseconds.
+    #[schemars(with = "u64")]
     taken_at: Timestamp,
     /// The CAs are those of then: members go on. Else each must join again.
     same_authority: bool,
@@ -93,7 +118,7 @@ struct Restored {
 /// Between two revisions.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
-struct Difference {
+pub(super) struct Difference {
     from: Revision,
     to: Revision,
     /// Then and then, if they differ.
@@ -103,15 +128,17 @@ struct Difference {
     events: Vec<Event>,
 }
 
-#[derive(Debug, Serialize)]
-struct RolledBack {
+/// What a rollback did.
+#[derive(Debug, Serialize, JsonSchema)]
+pub(super) struct RolledBack {
+    #[schemars(with = "StampShape")]
     stamp: Stamp,
     changed: bool,
 }
 
 /// Which events are asked for: `?limit=`, `?changes` (only what changed the state), `?who=`, `?subject=`.
 #[derive(Debug)]
-struct EventFilter {
+pub(super) struct EventFilter {
     limit: usize,
     changes: bool,
     who: Option<String>,
@@ -136,25 +163,10 @@ pub(super) enum Consistency {
     Stale,
 }
 
-/// All routes.
-pub(super) fn router(admin: Admin) -> Router {
-    Router::new()
-        .route("/v1/clusters/{name}/join-token", post(join_token))
-        .route("/v1/clusters/{name}/revoke", post(revoke))
-        .route("/v1/status", get(get_status))
-        .route("/v1/snapshot", get(snapshot))
-        .route("/v1/services", get(services))
-        .route("/v1/availability/{cluster}", get(availability))
-        .route("/v1/events", get(events))
-        .route("/v1/diff/{from}/{to}", get(diff))
-        .route("/v1/rollback/{revision}", post(rollback))
-        .route("/v1/backup", get(take_backup))
-        .route("/v1/restore", post(restore).layer(DefaultBodyLimit::max(MAX_BACKUP)))
-        .route("/v1/nodes", get(nodes))
-        .route("/v1/nodes/{name}", delete(remove_node))
-        .route("/v1/nodes/{name}/join-token", post(node_token))
-        .merge(clusters::routes())
-        .merge(resources::routes())
+/// All routes, behind the gate.
+pub(super) fn router(admin: Admin, gate: Gate) -> Router {
+    let routes = endpoints().into_iter().fold(Router::new(), |router, it| router.route(it.rule.path, it.handler));
+    routes
         .fallback(async |uri: Uri| {
             ApiError::not_found(format!("there is no {}; is isthmusctl newer than this control plane?", uri.path()))
         })
@@ -162,17 +174,18 @@ pub(super) fn router(admin: Admin) -> Router {
             ApiError::method(format!("{} does not take {method}", uri.path()))
         })
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(from_fn_with_state(gate, pass))
         .with_state(admin)
 }
 
-async fn join_token(
+pub(super) async fn join_token(
     State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    caller: Caller,
     Path(name): Path<String>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Answer<TokenResponse> {
     let cluster = cluster_name(&name)?;
-    let (ttl, grant) = token_request(&body)?;
+    let (ttl, grant) = cluster_token(&body)?;
     let now = Timestamp(isthmus_runtime::now());
     let expires_at = now + ttl;
     let token = Token::mint(TokenSpec {
@@ -186,39 +199,35 @@ async fn join_token(
     let hash = TokenHash(Token::secret_hash(&token.secret));
     admin
         .proposer
-        .by(actor(&peer))
+        .by(caller.actor())
         .propose(Command::MintToken(MintToken { hash, cluster: cluster.clone(), expires_at, grant, now }))
         .await?;
-    tracing::info!(%cluster, by = %by(&peer), ttl_seconds = ttl.as_secs(), "join token minted");
+    tracing::info!(%cluster, by = %caller.who(), ttl_seconds = ttl.as_secs(), "join token minted");
     Ok(Json(TokenResponse { token: token.encode(), expires_at }))
 }
 
-async fn revoke(
-    State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
-    Path(name): Path<String>,
-) -> Answer<Revoked> {
+pub(super) async fn revoke(State(admin): State<Admin>, caller: Caller, Path(name): Path<String>) -> Answer<Revoked> {
     let cluster = cluster_name(&name)?;
-    let outcome = admin.proposer.by(actor(&peer)).propose(Command::Revoke { cluster: cluster.clone() }).await?;
-    tracing::warn!(%cluster, by = %by(&peer), stamp = %outcome.stamp, changed = outcome.changed, "cluster revoked");
+    let outcome = admin.proposer.by(caller.actor()).propose(Command::Revoke { cluster: cluster.clone() }).await?;
+    tracing::warn!(%cluster, by = %caller.who(), stamp = %outcome.stamp, changed = outcome.changed, "cluster revoked");
     Ok(Json(Revoked { stamp: outcome.stamp }))
 }
 
-async fn get_status(State(admin): State<Admin>, consistency: Consistency) -> Answer<StatusView> {
+pub(super) async fn get_status(State(admin): State<Admin>, consistency: Consistency) -> Answer<StatusView> {
     let global = admin.global(consistency).await?;
     let (heard, unasked) = admin.heard().await;
     Ok(Json(status::view(&admin.node, &global, &heard, unasked)))
 }
 
-async fn snapshot(State(admin): State<Admin>, consistency: Consistency) -> Answer<Arc<GlobalSnapshot>> {
+pub(super) async fn snapshot(State(admin): State<Admin>, consistency: Consistency) -> Answer<Arc<GlobalSnapshot>> {
     Ok(Json(admin.global(consistency).await?))
 }
 
-async fn services(State(admin): State<Admin>, consistency: Consistency) -> Answer<Vec<GlobalService>> {
+pub(super) async fn services(State(admin): State<Admin>, consistency: Consistency) -> Answer<Vec<GlobalService>> {
     Ok(Json(admin.global(consistency).await?.services.values().cloned().collect()))
 }
 
-async fn availability(
+pub(super) async fn availability(
     State(admin): State<Admin>,
     consistency: Consistency,
     Path(name): Path<String>,
@@ -232,13 +241,17 @@ async fn availability(
 }
 
 /// Latest first.
-async fn events(State(admin): State<Admin>, consistency: Consistency, filter: EventFilter) -> Answer<Vec<Event>> {
+pub(super) async fn events(
+    State(admin): State<Admin>,
+    consistency: Consistency,
+    filter: EventFilter,
+) -> Answer<Vec<Event>> {
     admin.wait(consistency).await?;
     let view = admin.views.borrow().clone();
     Ok(Json(view.state().events().filter(|event| filter.takes(event)).take(filter.limit).cloned().collect()))
 }
 
-async fn diff(
+pub(super) async fn diff(
     State(admin): State<Admin>,
     consistency: Consistency,
     Path((from, to)): Path<(String, String)>,
@@ -260,20 +273,16 @@ async fn diff(
     }))
 }
 
-async fn rollback(
-    State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
-    Path(to): Path<String>,
-) -> Answer<RolledBack> {
+pub(super) async fn rollback(State(admin): State<Admin>, caller: Caller, Path(to): Path<String>) -> Answer<RolledBack> {
     let to = revision("revision", &to)?;
-    let outcome = admin.proposer.by(actor(&peer)).propose(Command::Rollback { to }).await?;
-    tracing::warn!(%to, by = %by(&peer), stamp = %outcome.stamp, changed = outcome.changed, "rolled back");
+    let outcome = admin.proposer.by(caller.actor()).propose(Command::Rollback { to }).await?;
+    tracing::warn!(%to, by = %caller.who(), stamp = %outcome.stamp, changed = outcome.changed, "rolled back");
     Ok(Json(RolledBack { stamp: outcome.stamp, changed: outcome.changed }))
 }
 
-async fn take_backup(
+pub(super) async fn take_backup(
     State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    caller: Caller,
     consistency: Consistency,
 ) -> Result<Bytes, ApiError> {
     admin.wait(consistency).await?;
@@ -285,22 +294,18 @@ async fn take_backup(
         BackupError::Empty => ApiError::not_ready(),
         error => ApiError::invalid("state", error.to_string()),
     })?;
-    tracing::info!(bytes = bytes.len(), by = %by(&peer), "backup taken");
+    tracing::info!(bytes = bytes.len(), by = %caller.who(), "backup taken");
     Ok(bytes.into())
 }
 
-async fn restore(
-    State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
-    body: Bytes,
-) -> Answer<Restored> {
+pub(super) async fn restore(State(admin): State<Admin>, caller: Caller, Body(body): Body) -> Answer<Restored> {
     let read = tokio::task::spawn_blocking(move || backup::read(&body)).await;
     let read = read.map_err(|_| ApiError::not_ready())?;
     let (head, state) = read.map_err(|error| ApiError::invalid("body", error.to_string()))?;
     let bundle = state.global().map(|global| global.federation_bundle.clone());
-    let outcome = admin.proposer.by(actor(&peer)).propose(Command::Restore(Box::new(state))).await?;
+    let outcome = admin.proposer.by(caller.actor()).propose(Command::Restore(Box::new(state))).await?;
     let global = admin.global(Consistency::Stale).await?;
-    tracing::warn!(of = %head.stamp, stamp = %outcome.stamp, by = %by(&peer), "state restored from a backup");
+    tracing::warn!(of = %head.stamp, stamp = %outcome.stamp, by = %caller.who(), "state restored from a backup");
     Ok(Json(Restored {
         stamp: outcome.stamp,
         of: head.stamp,
@@ -311,22 +316,19 @@ async fn restore(
     }))
 }
 
-async fn nodes(State(admin): State<Admin>, consistency: Consistency) -> Answer<GroupStatus> {
+pub(super) async fn nodes(State(admin): State<Admin>, consistency: Consistency) -> Answer<GroupStatus> {
     admin.wait(consistency).await?;
     Ok(Json(GroupStatus::of(&admin.node, &admin.group, admin.views.borrow().state())))
 }
 
-async fn node_token(
+pub(super) async fn node_token(
     State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    caller: Caller,
     Path(name): Path<String>,
-    body: Bytes,
+    Body(body): Body,
 ) -> Answer<TokenResponse> {
     let node = node_name(&name)?;
-    let (ttl, grant) = token_request(&body)?;
-    if grant.is_some() {
-        return Err(ApiError::invalid("grant", "a node of the control plane has none"));
-    }
+    let ttl = seconds(&body, TOKEN_TTL, MAX_TOKEN_TTL)?;
     let now = Timestamp(isthmus_runtime::now());
     let expires_at = now + ttl;
     let token = Token::mint(TokenSpec {
@@ -340,21 +342,21 @@ async fn node_token(
     let hash = TokenHash(Token::secret_hash(&token.secret));
     admin
         .proposer
-        .by(actor(&peer))
+        .by(caller.actor())
         .propose(Command::MintNodeToken(MintNodeToken { hash, node: node.clone(), expires_at, now }))
         .await?;
-    tracing::info!(%node, by = %by(&peer), ttl_seconds = ttl.as_secs(), "node token minted");
+    tracing::info!(%node, by = %caller.who(), ttl_seconds = ttl.as_secs(), "node token minted");
     Ok(Json(TokenResponse { token: token.encode(), expires_at }))
 }
 
-async fn remove_node(
+pub(super) async fn remove_node(
     State(admin): State<Admin>,
-    ConnectInfo(peer): ConnectInfo<PeerInfo>,
+    caller: Caller,
     Path(name): Path<String>,
 ) -> Answer<Removed> {
     let node = node_name(&name)?;
-    admin.proposer.by(actor(&peer)).propose(Command::RemoveNode { node: node.clone() }).await?;
-    tracing::warn!(%node, by = %by(&peer), "control plane node removed");
+    admin.proposer.by(caller.actor()).propose(Command::RemoveNode { node: node.clone() }).await?;
+    tracing::warn!(%node, by = %caller.who(), "control plane node removed");
     Ok(Json(Removed { node }))
 }
 
@@ -428,24 +430,31 @@ pub(super) fn cluster_name(text: &str) -> Result<ClusterName, ApiError> {
     text.parse().map_err(|error: IdError| ApiError::invalid("name", error.to_string()))
 }
 
-/// From `{"ttlSeconds": n, "grant": {…}}`, or nothing for the default.
-fn token_request(body: &[u8]) -> Result<(Duration, Option<ClusterGrant>), ApiError> {
+/// From `{"ttlSeconds": n}`, or nothing for the default.
+pub(super) fn seconds(body: &[u8], default: Duration, most: Duration) -> Result<Duration, ApiError> {
     if body.is_empty() {
-        return Ok((TOKEN_TTL, None));
+        return Ok(default);
     }
     let request: TokenRequest = serde_json::from_slice(body)
         .map_err(|error| ApiError::invalid("body", format!("send {{\"ttlSeconds\": 900}} or nothing: {error}")))?;
-    let ttl = request.ttl_seconds.map_or(TOKEN_TTL, Duration::from_secs);
-    if ttl.is_zero() || ttl > MAX_TOKEN_TTL {
-        return Err(ApiError::invalid("ttlSeconds", format!("use 1 to {}", MAX_TOKEN_TTL.as_secs())));
+    life(request.ttl_seconds, default, most)
+}
+
+/// From `{"ttlSeconds": n, "grant": {…}}`, or nothing for the default.
+fn cluster_token(body: &[u8]) -> Result<(Duration, Option<ClusterGrant>), ApiError> {
+    if body.is_empty() {
+        return Ok((TOKEN_TTL, None));
     }
-    Ok((ttl, request.grant))
+    let rule = "send {\"ttlSeconds\": 900, \"grant\": {\"exportNamespaces\": [\"shop\"]}}, either of them or nothing";
+    let request: ClusterTokenRequest =
+        serde_json::from_slice(body).map_err(|error| ApiError::invalid("body", format!("{rule}: {error}")))?;
+    Ok((life(request.ttl_seconds, TOKEN_TTL, MAX_TOKEN_TTL)?, request.grant))
 }
 
-fn by(peer: &PeerInfo) -> String {
-    actor(peer).who
-}
-
-pub(super) fn actor(peer: &PeerInfo) -> Actor {
-    Actor { who: peer.id.as_ref().map(ToString::to_string).unwrap_or_default(), from: peer.remote.to_string() }
+fn life(seconds: Option<u64>, default: Duration, most: Duration) -> Result<Duration, ApiError> {
+    let ttl = seconds.map_or(default, Duration::from_secs);
+    if ttl.is_zero() || ttl > most {
+        return Err(ApiError::invalid("ttlSeconds", format!("use 1 to {}", most.as_secs())));
+    }
+    Ok(ttl)
 }

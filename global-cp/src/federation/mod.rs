@@ -38,6 +38,8 @@ pub(crate) use self::{
 };
 use crate::{
     authority::{Authority, agent_of, node_of},
+    config::Publications,
+    limits::{Buckets, Rate},
     metrics::Metrics,
     nodes::Nodes,
     raft::{Group, Proposer},
@@ -73,6 +75,8 @@ pub(crate) struct Shared {
     pub(crate) joins: Semaphore,
     pub(crate) group: Group,
     encoded: Encoded,
+    /// How often each cluster may change what it says of itself.
+    publications: Buckets<ClusterName>,
 }
 
 impl FederationService {
@@ -82,9 +86,13 @@ impl FederationService {
         status: StatusStore,
         metrics: Metrics,
         shutdown: Shutdown,
+        publications: Publications,
     ) -> Self {
+        let rate = Rate { per_second: f64::from(publications.per_second), burst: f64::from(publications.burst) };
+        let publications = Buckets::new(rate, isthmus_api::convert::limits::CLUSTERS);
         let (joins, views, encoded) = (Semaphore::new(MAX_JOINS), group.views(), Encoded::default());
-        let shared = Shared { authority, proposer, views, status, metrics, shutdown, joins, group, encoded };
+        let shared =
+            Shared { authority, proposer, views, status, metrics, shutdown, joins, group, encoded, publications };
         Self { shared: Arc::new(shared) }
     }
 

@@ -44,6 +44,9 @@ use crate::{
 /// How long an agent may take to say hello.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
+/// How long a publication of a cluster that publishes too often may wait.
+const LONGEST_TURN: Duration = Duration::from_secs(5);
+
 /// What an operator is told when histories have parted.
 const NEW_EPOCH: &str = "start it once with `isthmus-global-cp --config FILE --new-epoch`";
 
@@ -326,25 +329,48 @@ impl Shared {
             Err(error) => refused("malformed", error.to_string()),
             Ok(publication) => match self.unchanged(&cluster, &publication, incarnation) {
                 Some(stamp) => published("unchanged", stamp),
-                None => {
-                    let now = Timestamp(isthmus_runtime::now());
-                    let command = PublishCommand { cluster: cluster.clone(), publication, incarnation, now };
-                    match self.proposer.by(by).propose(Command::Publish(command)).await {
-                        Ok(outcome) => {
-                            tracing::info!(%cluster, sequence, stamp = %outcome.stamp, "publication committed");
-                            published("committed", outcome.stamp)
-                        }
-                        Err(ProposeError::Rejected(rejection)) => refused(rejection.code(), rejection.to_string()),
-                        Err(error) => {
-                            self.metrics.publication("failed");
-                            tracing::warn!(%cluster, sequence, %error, "publication not committed");
-                            Err(status_of_proposal(&error))
+                None => match self.turn(&cluster).await {
+                    Err(reason) => refused("throttled", reason),
+                    Ok(()) => {
+                        let now = Timestamp(isthmus_runtime::now());
+                        let command = PublishCommand { cluster: cluster.clone(), publication, incarnation, now };
+                        match self.proposer.by(by).propose(Command::Publish(command)).await {
+                            Ok(outcome) => {
+                                tracing::info!(%cluster, sequence, stamp = %outcome.stamp, "publication committed");
+                                published("committed", outcome.stamp)
+                            }
+                            Err(ProposeError::Rejected(rejection)) => refused(rejection.code(), rejection.to_string()),
+                            Err(error) => {
+                                self.metrics.publication("failed");
+                                tracing::warn!(%cluster, sequence, %error, "publication not committed");
+                                Err(status_of_proposal(&error))
+                            }
                         }
                     }
-                }
+                },
             },
         };
         kind.map(|kind| ControlMessage { kind: Some(kind) })
+    }
+
+    /// Waits until the cluster may publish again. A session reads nothing meanwhile, so whoever floods waits for itself; only
+    /// with several sessions, or new ones all the time, it gets so far ahead that it is refused.
+    async fn turn(&self, cluster: &ClusterName) -> Result<(), String> {
+        match self.publications.reserve(cluster, LONGEST_TURN, std::time::Instant::now()) {
+            Ok(due) => {
+                if !due.is_zero() {
+                    self.metrics.publication("delayed");
+                    tokio::time::sleep(due).await;
+                }
+                Ok(())
+            }
+            Err(due) => Err(format!(
+                "cluster {cluster} publishes too often: {:.0} s of its publications wait already. What it last published \
+                 stands; publish again later, and less often. `publications` in the control plane's configuration sets the \
+                 limit",
+                due.as_secs_f64()
+            )),
+        }
     }
 
     /// Where the state stands, if this publication would not move it.

@@ -53,7 +53,7 @@ pub(super) fn wait_until(now: Timestamp, nth: u64) -> Command {
     let mut hash = [0xee; 32];
     hash[..8].copy_from_slice(&nth.to_le_bytes());
     let cluster = "nobody".parse().unwrap();
-    Command::MintToken(MintToken { hash: TokenHash(hash), cluster, expires_at: now, now })
+    Command::MintToken(MintToken { hash: TokenHash(hash), cluster, expires_at: now, grant: None, now })
 }
 
 impl Plan {
@@ -68,7 +68,13 @@ impl Plan {
                 self.tokens.push((token, of));
                 let expires_at = Timestamp(now + TTL);
                 let cluster = cluster(of);
-                Command::MintToken(MintToken { hash: TokenHash([token; 32]), cluster, expires_at, now: at })
+                Command::MintToken(MintToken {
+                    hash: TokenHash([token; 32]),
+                    cluster,
+                    expires_at,
+                    grant: None,
+                    now: at,
+                })
             }
             55..80 => {
                 let Some((token, of)) = self.tokens.get(rng.random_range(0..self.tokens.len().max(1))).copied() else {
@@ -87,7 +93,10 @@ impl Plan {
             80..86 => {
                 let hold_down = Duration::from_secs(rng.random_range(1..5));
                 Command::SetSettings {
-                    settings: Settings { failover: FailoverPolicy { hold_down, ..FailoverPolicy::default() } },
+                    settings: Settings {
+                        failover: FailoverPolicy { hold_down, ..FailoverPolicy::default() },
+                        ..Settings::default()
+                    },
                 }
             }
             86..90 => Command::Rollback { to: Revision(rng.random_range(0..latest.0 + 2)) },
@@ -102,7 +111,7 @@ impl Plan {
             96..99 => {
                 let (id, node) = (rng.random_range(1..4), node(rng));
                 let address = format!("198.18.0.{}:7443", rng.random_range(1..9));
-                Command::SetNode(SetNode { id, node, address, now: at })
+                Command::SetNode(SetNode { id, node, address, supports: 1, now: at })
             }
             _ => Command::RemoveNode { node: node(rng) },
         }
@@ -128,7 +137,7 @@ fn publish(rng: &mut StdRng, now: u64) -> Command {
         gateways: vec![GatewayAddress { name: "gateway-1".to_owned(), tunnel: "198.18.1.1:15443".parse().ok() }],
         bundle: BUNDLES[name].clone(),
     };
-    Command::Publish(Publish { cluster: cluster(of), publication, now: Timestamp(now) })
+    Command::Publish(Publish { cluster: cluster(of), publication, incarnation: None, now: Timestamp(now) })
 }
 
 /// Mostly as others export it; never from the future, whose age would depend on when it came.

@@ -39,6 +39,10 @@ impl State {
             Command::RaiseLevel { to } => self.raise_level(*to),
             Command::Restore(backup) => self.restore(backup),
             Command::StartEpoch => self.start_epoch(),
+            Command::SetRoleBinding { binding, expected } => self.set_role_binding(binding, *expected),
+            Command::DeleteRoleBinding { name, expected } => self.delete_role_binding(name, *expected),
+            Command::MintApiToken(mint) => self.mint_api_token(mint),
+            Command::DeleteApiToken { name } => self.delete_api_token(name),
         };
         match result {
             Err(rejection) => (Response::Rejected(rejection), None),

@@ -146,6 +146,7 @@ impl State {
             global: Some(Arc::new(GlobalSnapshot { stamp, federation_bundle: bundle, ..(**held).clone() })),
             tokens: BTreeMap::new(),
             level: self.level.max(backup.level),
+            access: Arc::new(backup.access.restored(self.access.version())),
             nodes: self.nodes.clone(),
             remembered: self.remembered.clone(),
             // What was done to this control plane; what was done to that one is in the backup.

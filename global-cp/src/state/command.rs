@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::State;
 use super::{
+    access::{AccessName, MintApiToken, RoleBinding},
     incarnation::Incarnation,
     nodes::{AdmitNode, MintNodeToken, SetNode},
     resources::Apply,
@@ -96,6 +97,29 @@ pub enum Command {
     Restore(Box<State>),
     /// Starts the next epoch: members take the state whole, whatever they hold of this one.
     StartEpoch,
+    /// Gives a role to users, groups, tokens or certificates; replaces the binding of that name.
+    SetRoleBinding {
+        /// What is to hold.
+        binding: RoleBinding,
+        /// The version that the present one must have, 0 if there must be none. Absent: whatever there is.
+        #[serde(default)]
+        expected: Option<u64>,
+    },
+    /// Takes it back.
+    DeleteRoleBinding {
+        /// Which.
+        name: AccessName,
+        /// The version that it must have. Absent: whatever it has.
+        #[serde(default)]
+        expected: Option<u64>,
+    },
+    /// Registers a token for the admin API.
+    MintApiToken(MintApiToken),
+    /// Makes it worthless.
+    DeleteApiToken {
+        /// Which.
+        name: AccessName,
+    },
 }
 
 /// See [`Command::MintToken`].
@@ -283,6 +307,23 @@ pub enum Rejection {
     /// A publication that contradicts itself.
     #[error("{what}")]
     Malformed { what: String },
+    /// Nothing has this name.
+    #[error("there is no role binding {name}; see `isthmusctl role-binding list` for those that are")]
+    UnknownRoleBinding { name: AccessName },
+    /// Somebody else was faster.
+    #[error(
+        "role binding {name} is at version {found}, not {expected} (0: it is not there): somebody changed it meanwhile; \
+         read it again, and repeat the change if it is still wanted"
+    )]
+    StaleRoleBinding { name: AccessName, expected: u64, found: u64 },
+    /// Nothing has this name.
+    #[error("there is no API token {name}; see `isthmusctl token list` for those that are")]
+    UnknownApiToken { name: AccessName },
+    /// A name belongs to one token.
+    #[error(
+        "there is an API token {name} already; delete it first (isthmusctl token delete {name}), or take another name"
+    )]
+    ApiTokenExists { name: AccessName },
 }
 
 /// Families of [`Rejection`]s, as callers must tell them apart.
@@ -322,6 +363,8 @@ impl Rejection {
             | Self::UnknownNode { .. }
             | Self::UnknownResource { .. }
             | Self::FutureRevision { .. }
+            | Self::UnknownRoleBinding { .. }
+            | Self::UnknownApiToken { .. }
             | Self::ForgottenRevision { .. } => RejectionKind::NotFound,
             Self::TrustDomainTaken { .. }
             | Self::TrustDomainFixed { .. }
@@ -329,6 +372,8 @@ impl Rejection {
             | Self::LastNode { .. }
             | Self::NotSupported { .. }
             | Self::VersionConflict { .. }
+            | Self::StaleRoleBinding { .. }
+            | Self::ApiTokenExists { .. }
             | Self::NotEmpty { .. } => RejectionKind::Conflict,
             Self::Bundle { .. } | Self::ForeignIdentity { .. } | Self::Malformed { .. } => RejectionKind::Invalid,
             Self::TooMany { .. } => RejectionKind::Exhausted,
@@ -367,6 +412,10 @@ impl Rejection {
             Self::ForgottenRevision { .. } => "forgotten_revision",
             Self::TooMany { .. } => "too_many",
             Self::Malformed { .. } => "malformed",
+            Self::UnknownRoleBinding { .. } => "unknown_role_binding",
+            Self::StaleRoleBinding { .. } => "stale_role_binding",
+            Self::UnknownApiToken { .. } => "unknown_api_token",
+            Self::ApiTokenExists { .. } => "api_token_exists",
         }
     }
 }

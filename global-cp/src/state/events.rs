@@ -14,7 +14,7 @@ const PART: usize = 256;
 /// Who asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Actor {
-    /// A SPIFFE ID.
+    /// A SPIFFE ID, `token:NAME` or `user:NAME`.
     pub who: String,
     /// IP and port; empty for a node itself.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -37,7 +37,7 @@ pub struct Event {
     /// What it was about: a cluster, a node.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub subject: String,
-    /// `changed`, `unchanged`, or the code of the refusal.
+    /// `changed`, `unchanged`, `done` (something that members do not see), or the code of the refusal.
     pub outcome: String,
     /// In words, if it was refused.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -60,6 +60,7 @@ impl Events {
     pub(super) fn record(&mut self, proposal: &Proposal, response: &Response, (before, after): (Stamp, Stamp)) {
         let (outcome, reason) = match response {
             Response::Accepted(outcome) if outcome.changed => ("changed", String::new()),
+            Response::Accepted(_) if proposal.command.is_about_access() => ("done", String::new()),
             Response::Accepted(_) => ("unchanged", String::new()),
             Response::Rejected(rejection) => (rejection.code(), rejection.to_string()),
             Response::NoCommand => return,
@@ -95,6 +96,17 @@ impl Events {
 }
 
 impl Command {
+    /// Who may do what is not for members to see, so it is no change of what they see.
+    fn is_about_access(&self) -> bool {
+        matches!(
+            self,
+            Self::SetRoleBinding { .. }
+                | Self::DeleteRoleBinding { .. }
+                | Self::MintApiToken(_)
+                | Self::DeleteApiToken { .. }
+        )
+    }
+
     /// A verb, and what it is about.
     fn describe(&self) -> (&'static str, String) {
         match self {
@@ -117,6 +129,10 @@ impl Command {
             Self::Rollback { to } => ("rollback", to.to_string()),
             Self::RaiseLevel { to } => ("raise-level", to.to_string()),
             Self::StartEpoch => ("start-epoch", String::new()),
+            Self::SetRoleBinding { binding, .. } => ("set-role-binding", binding.name.to_string()),
+            Self::DeleteRoleBinding { name, .. } => ("delete-role-binding", name.to_string()),
+            Self::MintApiToken(mint) => ("mint-api-token", mint.name.to_string()),
+            Self::DeleteApiToken { name } => ("delete-api-token", name.to_string()),
         }
     }
 }

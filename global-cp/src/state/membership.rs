@@ -162,7 +162,11 @@ impl State {
     pub fn pending(&self, now: Timestamp) -> BTreeMap<ClusterName, Timestamp> {
         let joined = |cluster: &ClusterName| self.members.contains_key(cluster);
         let mut pending = BTreeMap::new();
-        for token in self.tokens.values().filter(|t| t.used_at.is_none() && !self.has_ended(now, t.expires_at, t.ends) && !joined(&t.cluster)) {
+        for token in self
+            .tokens
+            .values()
+            .filter(|t| t.used_at.is_none() && !self.has_ended(now, t.expires_at, t.ends) && !joined(&t.cluster))
+        {
             let last: &mut Timestamp = pending.entry(token.cluster.clone()).or_default();
             *last = token.expires_at.max(*last);
         }

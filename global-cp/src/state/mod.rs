@@ -6,6 +6,7 @@
 //!
 //! It does not hold what consumers report (see [`crate::status`]), nor addresses or counts of endpoints.
 
+pub(crate) mod access;
 mod apply;
 pub mod backup;
 mod command;
@@ -39,6 +40,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::view::Change;
 pub use self::{
+    access::{Access, AccessName, ApiToken, MintApiToken, Role, RoleBinding, Subject},
     command::{Command, Join, KeyHash, MintToken, Outcome, Publish, Rejection, RejectionKind, Response, TokenHash},
     events::{Actor, Event},
     exports::{ConditionReason, ExportCondition, HeldWithdrawal},
@@ -89,6 +91,8 @@ pub struct State {
     events: Events,
     #[serde(default)]
     nodes: Nodes,
+    #[serde(default)]
+    access: Arc<Access>,
     #[serde(default)]
     remembered: Remembered,
 }

@@ -1,6 +1,8 @@
 //! A control plane in this process, and clients of it over real TLS: an administrator, agents, and strangers.
 #![allow(dead_code, reason = "each test program uses a part")]
 
+pub(crate) mod client;
+
 use std::{net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use http_body_util::{BodyExt, Full};
@@ -80,6 +82,8 @@ pub(crate) fn config(state_dir: &Path) -> Config {
         join_token_file: None,
         settings: Default::default(),
         raft: Raft::default(),
+        admin: Default::default(),
+        publications: Default::default(),
         drain_grace: Duration::from_secs(5),
         telemetry: Default::default(),
         new_epoch: false,

@@ -198,8 +198,26 @@ impl Simulation {
         self.network.cut(BTreeSet::new());
     }
 
-    /// Every node holds the same: that state.
+    /// Every node comes to hold the same: that state. A write that nobody got an answer to may be committed while they are
+    /// looked at, so a difference counts only if it stays.
     async fn settled(&self) -> Result<State, String> {
+        let mut differ = String::new();
+        let mut settled = None;
+        let agree = async || match self.compared().await {
+            Ok(state) => {
+                settled = Some(state);
+                true
+            }
+            Err(error) => {
+                differ = error;
+                false
+            }
+        };
+        drop(wait_for("the nodes to agree", SOON, agree).await);
+        settled.ok_or(differ)
+    }
+
+    async fn compared(&self) -> Result<State, String> {
         let mut states = Vec::new();
         for node in 0..NODES.len() {
             let running = self.get(node).unwrap();
@@ -207,12 +225,11 @@ impl Simulation {
             wait_for("a read that sees everything", SOON, read).await.map_err(|error| format!("{node}: {error}"))?;
             states.push(running.group.views().borrow().state().clone());
         }
-        let bytes = states.iter().map(|state| serde_json::to_vec(state).unwrap());
-        if bytes.collect::<BTreeSet<_>>().len() == 1 {
-            Ok(states.remove(0))
-        } else {
-            Err("the nodes differ".to_owned())
-        }
+        let texts: Vec<String> = states.iter().map(|state| serde_json::to_string(state).unwrap()).collect();
+        let Some([one, other]) = texts.windows(2).find(|two| two[0] != two[1]) else { return Ok(states.remove(0)) };
+        let at = one.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count().saturating_sub(60);
+        let shown = |text: &str| text.chars().skip(at).take(400).collect::<String>();
+        Err(format!("the nodes differ:\n{}\n{}", shown(one), shown(other)))
     }
 }
 
@@ -259,7 +276,8 @@ impl Clients {
     async fn append(&self, node: &Running, rng: &mut StdRng) -> Option<Seen> {
         let name = format!("w{}", self.names.fetch_add(1, Ordering::Relaxed));
         let (cluster, now) = (name.parse().unwrap(), Timestamp(1));
-        let token = MintToken { hash: TokenHash(rng.random()), cluster, expires_at: Timestamp(u64::MAX), now };
+        let token =
+            MintToken { hash: TokenHash(rng.random()), cluster, expires_at: Timestamp(u64::MAX), grant: None, now };
         let mut id = ProposalId(rng.random());
         let mut done = node.proposer.propose_once(id, Command::MintToken(token.clone())).await.is_ok();
         // Some ask again, at another node.

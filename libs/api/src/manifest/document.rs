@@ -139,7 +139,7 @@ impl Node {
 fn options() -> Options {
     let mut options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
-            max_depth: 48,
+            max_depth: 32,
             max_anchors: 256,
             max_aliases: 1_000,
             max_merge_keys: 1_000,
