@@ -54,15 +54,17 @@ fuzz: ## Fuzz the gateway's decoders, TIME=60 seconds each (WHAT=tunnel, hello o
 fuzz-seeds: ## Write fuzz/corpus/ anew, from real hellos and frames
 	@$(CARGO) test --workspace --lib --locked -q -- --ignored --exact fuzzing::seeds::write_seeds
 
-bench: ## Measure beside Envoy, release build: WHAT=gateway, failover or limits (QUICK=1: a rough answer in two to three minutes)
-	@case "$(WHAT)" in gateway|failover|limits) ;; *) \
+bench: ## Measure beside rivals, release build: WHAT=gateway, failover, limits, raft or agents (QUICK=1: a rough answer in minutes)
+	@case "$(WHAT)" in gateway|failover|limits|raft|agents) ;; *) \
 	  [ -z "$(WHAT)" ] || echo "There is no benchmark '$(WHAT)'." >&2; \
 	  echo "make bench WHAT=gateway    throughput, latency, new connections, memory, a long path with loss" >&2; \
 	  echo "make bench WHAT=failover   failed requests when gateways and clusters fail" >&2; \
 	  echo "make bench WHAT=limits     what a packet costs on this machine, whoever sends it" >&2; \
+	  echo "make bench WHAT=raft       committed writes of the control plane, beside etcd" >&2; \
+	  echo "make bench WHAT=agents     1,000 agents on one control plane: time to sync, time of a change, memory" >&2; \
 	  echo "QUICK=1 gives a rough answer in two to three minutes." >&2; exit 2;; esac
 	@deploy/tools/require.sh cc setpriv ip nft python3 pip
-	@$(MAKE) --no-print-directory envoy
+	@case "$(WHAT)" in raft) deploy/tools/fetch-etcd.sh;; agents) ;; *) $(MAKE) --no-print-directory envoy;; esac
 	@echo "== release build"
 	@CARGO_INCREMENTAL=0 $(CARGO) build --release --workspace --bins --locked
 	@target/release/isthmus-bench $(WHAT) $(if $(QUICK),--quick)

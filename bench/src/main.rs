@@ -1,19 +1,27 @@
 //! isthmus-bench: measures Isthmus against what people would use instead, side by side, in one run.
 //!
-//! One module per benchmark ([`gateway`], [`failover`], [`limits`]); [`load`] and [`node`] are processes that they start; [`wan`] is a lossy
-//! link between network namespaces; [`report`] turns measurements into tables, JSON and plots. Nothing here asserts speed: it
+//! One module per benchmark ([`gateway`], [`failover`], [`limits`], [`raft`], [`agents`]); [`load`] and [`node`] are processes that they
+//! start; [`control`] is a control plane of three nodes; [`wan`] is a lossy link between network namespaces; [`report`] turns measurements into tables, JSON and plots. Nothing here asserts speed: it
 //! measures and says what held.
 
+mod agents;
+mod control;
 mod failover;
 mod gateway;
 mod limits;
 mod load;
 mod node;
+mod raft;
 mod report;
 mod wan;
 
-use std::process::ExitCode;
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
+use anyhow::Context;
 use clap::Parser;
 
 /// Commands of our own processes. No mistyped word is near enough to one that clap would suggest it.
@@ -29,6 +37,10 @@ enum Args {
     Gateway(gateway::Args),
     /// Faults of gateways and clusters under load, beside Envoy with Istio's defaults.
     Failover(failover::Args),
+    /// Committed writes of the control plane, beside etcd.
+    Raft(raft::Args),
+    /// A thousand agents on one control plane: time to sync, time of a change, memory.
+    Agents(agents::Args),
     /// What a packet costs on this machine, whoever sends it.
     Limits(limits::Args),
     /// A link with delay and loss between two network namespaces.
@@ -63,6 +75,8 @@ async fn run(args: Args) -> anyhow::Result<()> {
     match args {
         Args::Gateway(args) => gateway::run(args).await,
         Args::Failover(args) => failover::run(args).await,
+        Args::Agents(args) => agents::run(args).await,
+        Args::Raft(args) => raft::run(args).await,
         // With runtimes of its own.
         Args::Limits(args) => {
             let measured = std::thread::spawn(move || limits::run(&args)).join();
@@ -77,6 +91,29 @@ async fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
+/// The folder `out`/`name`, absolute and empty: a run does not find what the one before left.
+fn fresh_folder(out: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let dir = std::path::absolute(out).context("resolve --out")?.join(name);
+    match std::fs::remove_dir_all(&dir) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("clear {}", dir.display()));
+        }
+        _ => std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?,
+    }
+    Ok(dir)
+}
+
+/// Returns when someone wants this to end.
+async fn stop_signal() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    tokio::select! {
+        interrupt = tokio::signal::ctrl_c() => interrupt.context("listen for Ctrl-C"),
+        _ = terminate.recv() => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -87,7 +124,15 @@ mod tests {
 
     #[test]
     fn numbers_that_measure_nothing_are_refused() {
-        for bad in [["failover", "--rounds", "0"], ["gateway", "--rounds", "0"], ["gateway", "--threads", "0"]] {
+        for bad in [
+            ["failover", "--rounds", "0"],
+            ["gateway", "--rounds", "0"],
+            ["gateway", "--threads", "0"],
+            ["raft", "--rounds", "0"],
+            ["raft", "--writers", "0"],
+            ["agents", "--rounds", "0"],
+            ["agents", "--changes", "0"],
+        ] {
             assert!(refused(&bad).contains("0 is not in 1..="), "{bad:?}: {}", refused(&bad));
         }
         assert!(refused(&["failover", "--rounds", "21"]).contains("1..=20"));

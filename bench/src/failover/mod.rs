@@ -32,7 +32,7 @@ use self::{
     rival::Rival,
     rival_config::Tuning,
 };
-use crate::report::machine::Machine;
+use crate::report::machine::{self, Machine};
 
 /// Options.
 #[derive(Clone, Debug, clap::Args)]
@@ -109,7 +109,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     std::fs::create_dir_all(&dir).with_context(|| format!("create {}", dir.display()))?;
     let dir = dir.canonicalize().with_context(|| format!("resolve {}", dir.display()))?;
     let contenders = contenders(&args)?;
-    Machine::here(&Binaries::find()?.envoy).record(&args.out, "failover")?;
+    Machine::here(machine::Rival::Envoy(&Binaries::find()?.envoy)).record(&args.out, "failover")?;
     let mut field = set_the_field(&dir).await?;
     let mut results = Results::default();
     let played = play(&args, &contenders, &mut field, &mut results).await;

@@ -15,13 +15,12 @@ mod ours;
 mod place;
 mod plan;
 mod process;
-mod samples;
 mod session;
 mod system;
 
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::Value;
@@ -36,7 +35,11 @@ use self::{
 };
 use crate::{
     load,
-    report::{Row, json, machine::Machine, table},
+    report::{
+        Row, json,
+        machine::{Machine, Rival},
+        print_goals, samples, table,
+    },
     wan::{Link, Path},
 };
 
@@ -102,7 +105,7 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<()> {
     let began = Instant::now();
     tokio::select! {
         outcome = measure_all(&args) => outcome?,
-        stopped = stop_signal() => {
+        stopped = crate::stop_signal() => {
             stopped?;
             bail!("stopped by a signal; nothing was written");
         }
@@ -121,7 +124,7 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
     let plan = plan(args, &systems, &mut samples);
     let wanted = |section| args.only.is_empty() || args.only.contains(&section);
     let envoy = envoy::find(isthmus_e2e::federation::repository())?;
-    let machine = Machine::here(&envoy);
+    let machine = Machine::here(Rival::Envoy(&envoy));
     let workers = std::thread::available_parallelism().map_or(1, usize::from);
     println!("Envoy with --concurrency {workers}, our gateways with {workers} worker threads");
 
@@ -133,14 +136,7 @@ async fn measure_all(args: &Args) -> anyhow::Result<()> {
             None
         }
     };
-    let out = std::path::absolute(&args.out).context("resolve --out")?;
-    let dir = out.join("gateway");
-    match std::fs::remove_dir_all(&dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("clear {}", dir.display()));
-        }
-        _ => {}
-    }
+    let dir = crate::fresh_folder(&args.out, "gateway")?;
     let mut proofs = Vec::new();
     let setting = |place: Place, name: &str| -> anyhow::Result<Setting> {
         Ok(Setting {
@@ -219,13 +215,7 @@ fn report(args: &Args, systems: &[System], samples: &Samples) -> anyhow::Result<
         println!("  note: {note}");
     }
     let rows: Vec<Row> = lines.iter().flat_map(|(metric, rounds)| metric.rows(metrics::CONTEST, rounds)).collect();
-    let judged = rows.iter().filter(|row| row.holds.is_some()).count();
-    let held = rows.iter().filter(|row| row.holds == Some(true)).count();
-    if judged == 0 {
-        println!("\nNo goal was judged: that takes ours and a rival of the same protection.");
-    } else {
-        println!("\n{held} of {judged} goals held.");
-    }
+    print_goals(&rows);
     println!("Ratios are ours to the best rival of the same protection, medians of all rounds.");
     let raw = Raw { quick: args.quick, systems: systems.iter().map(|s| s.name()).collect(), samples };
     for (name, written) in [
@@ -236,14 +226,4 @@ fn report(args: &Args, systems: &[System], samples: &Samples) -> anyhow::Result<
         println!("Wrote {}", args.out.join(name).display());
     }
     Ok(())
-}
-
-async fn stop_signal() -> anyhow::Result<()> {
-    use tokio::signal::unix::{SignalKind, signal};
-
-    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
-    tokio::select! {
-        interrupt = tokio::signal::ctrl_c() => interrupt.context("listen for Ctrl-C"),
-        _ = terminate.recv() => Ok(()),
-    }
 }

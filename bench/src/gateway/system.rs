@@ -48,6 +48,12 @@ pub(super) enum System {
     OursTcp,
 }
 
+impl From<System> for &'static str {
+    fn from(system: System) -> Self {
+        system.name()
+    }
+}
+
 impl System {
     pub(super) const ALL: [Self; 6] =
         [Self::Raw, Self::EnvoySni, Self::EnvoyH2, Self::EnvoyH3, Self::OursQuic, Self::OursTcp];

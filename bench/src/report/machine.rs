@@ -24,7 +24,11 @@ pub(crate) struct Machine {
     pub(crate) udp_buffer_max: String,
     /// Of one minute, when the run began.
     pub(crate) load: String,
+    /// The rivals' versions; of the one that was not there, nothing.
+    #[serde(default)]
     pub(crate) envoy: String,
+    #[serde(default)]
+    pub(crate) etcd: String,
     /// Version and, in a checkout, commit.
     pub(crate) isthmus: String,
     /// "release" or "debug".
@@ -33,6 +37,14 @@ pub(crate) struct Machine {
     pub(crate) began: String,
     /// Its arguments.
     pub(crate) command: Vec<String>,
+}
+
+/// Whom ours is beside, by its program.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Rival<'a> {
+    Envoy(&'a Path),
+    Etcd(&'a Path),
+    Nobody,
 }
 
 /// The name of the file beside a benchmark's results.
@@ -46,8 +58,14 @@ impl Machine {
         json::write(&folder.join(file(benchmark)), self)
     }
 
-    /// As it is now. Envoy is asked for its version.
-    pub(crate) fn here(envoy: &Path) -> Self {
+    /// As it is now. The rival is asked for its version.
+    pub(crate) fn here(rival: Rival<'_>) -> Self {
+        let version = |program: &Path| output(Command::new(program).arg("--version"));
+        let (envoy, etcd) = match rival {
+            Rival::Envoy(program) => (envoy_version(&version(program)), String::new()),
+            Rival::Etcd(program) => (String::new(), etcd_version(&version(program))),
+            Rival::Nobody => (String::new(), String::new()),
+        };
         let (cpu, memory) = (read("/proc/cpuinfo"), read("/proc/meminfo"));
         let field = |text: &str, name: &str| {
             let line = text.lines().find_map(|line| line.strip_prefix(name)?.split_once(':'));
@@ -62,7 +80,8 @@ impl Machine {
             congestion_control: read("/proc/sys/net/ipv4/tcp_congestion_control"),
             udp_buffer_max: read("/proc/sys/net/core/rmem_max"),
             load: read("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned(),
-            envoy: envoy_version(&output(Command::new(envoy).arg("--version"))),
+            envoy,
+            etcd,
             isthmus: isthmus_version(),
             build: if cfg!(debug_assertions) { "debug" } else { "release" }.to_owned(),
             began: humantime::format_rfc3339_seconds(SystemTime::now()).to_string(),
@@ -75,6 +94,11 @@ impl Machine {
 fn envoy_version(text: &str) -> String {
     let version = text.split_once("version: ").and_then(|(_, version)| version.split('/').nth(1));
     version.unwrap_or_default().to_owned()
+}
+
+/// From `etcd Version: 3.4.23`.
+fn etcd_version(text: &str) -> String {
+    text.lines().find_map(|line| line.strip_prefix("etcd Version: ")).unwrap_or_default().to_owned()
 }
 
 fn isthmus_version() -> String {
@@ -101,16 +125,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_is_found_in_what_envoy_says() {
+    fn the_version_is_found_in_what_a_rival_says() {
         let text = "/opt/envoy/bin/envoy  version: 2f8f5cd0/1.40.0/Clean/RELEASE/BoringSSL";
         assert_eq!(envoy_version(text), "1.40.0");
         assert_eq!(envoy_version(""), "");
+        assert_eq!(etcd_version("etcd Version: 3.4.23\nGit SHA: Not provided\n"), "3.4.23");
     }
 
     #[test]
     fn a_record_is_read_back_and_a_missing_envoy_leaves_its_version_empty() {
         let folder = std::env::temp_dir().join(format!("isthmus-bench-machine-{}", std::process::id()));
-        Machine::here(Path::new("/nowhere/envoy")).record(&folder, "gateway").unwrap();
+        Machine::here(Rival::Envoy(Path::new("/nowhere/envoy"))).record(&folder, "gateway").unwrap();
         let text = fs::read_to_string(folder.join("gateway-machine.json")).unwrap();
         fs::remove_dir_all(&folder).unwrap();
         let machine: Machine = serde_json::from_str(&text).unwrap();

@@ -9,6 +9,7 @@ pub(crate) mod machine;
 pub(crate) mod page;
 mod plot;
 mod read;
+pub(crate) mod samples;
 pub(crate) mod stats;
 pub(crate) mod table;
 
@@ -40,9 +41,9 @@ pub(crate) struct Metric {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Goal {
     pub(crate) ours: &'static str,
-    /// The best of these counts.
+    /// The best of these counts. None: there is no rival, and the value itself is judged.
     pub(crate) rivals: &'static [&'static str],
-    /// The ratio, ours to the rival's, that must be kept to.
+    /// The ratio, ours to the rival's, that must be kept to; without a rival the value, in the metric's unit.
     pub(crate) limit: f64,
 }
 
@@ -60,6 +61,7 @@ pub(crate) struct Row {
     pub(crate) rival: Option<f64>,
     pub(crate) rival_name: Option<String>,
     pub(crate) ratio: Option<f64>,
+    /// Of the ratio; of the value, where there is no rival.
     pub(crate) goal: Option<f64>,
     /// `null` without a goal; a goal that could not be measured does not hold.
     pub(crate) holds: Option<bool>,
@@ -104,6 +106,10 @@ impl Metric {
             let known = rivals.iter().filter_map(|name| Some((*name, *medians.get(name)?)));
             let rival = self.better.best(known);
             let ratio = ours.zip(rival).map(|(ours, (_, rival))| ours / rival).filter(|ratio| ratio.is_finite());
+            let judge = |goal: &Goal| {
+                let judged = if goal.rivals.is_empty() { ours } else { ratio };
+                judged.is_some_and(|value| self.better.holds(value, goal.limit))
+            };
             Some(Row {
                 group: self.group,
                 metric: self.name(),
@@ -116,12 +122,23 @@ impl Metric {
                 rival_name: rival.map(|(name, _)| name.to_owned()),
                 ratio,
                 goal: goal.map(|goal| goal.limit),
-                holds: goal.map(|goal| ratio.is_some_and(|ratio| self.better.holds(ratio, goal.limit))),
+                holds: goal.map(judge),
                 systems: medians.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect(),
                 rounds: rounds.values().map(Vec::len).max().unwrap_or_default(),
             })
         };
         contest.ours.iter().filter_map(|name| row(name)).collect()
+    }
+}
+
+/// Says how many goals held.
+pub(crate) fn print_goals(rows: &[Row]) {
+    let judged = rows.iter().filter(|row| row.holds.is_some()).count();
+    let held = rows.iter().filter(|row| row.holds == Some(true)).count();
+    if judged == 0 {
+        println!("\nNo goal was judged: that takes ours and a rival of the same protection.");
+    } else {
+        println!("\n{held} of {judged} goals held.");
     }
 }
 
@@ -184,6 +201,16 @@ mod tests {
         let rows = metric(Better::Lower, vec![goal("ours-quic"), goal("ours-tcp")]).rows(CONTEST, &rounds);
         assert_eq!(rows.len(), 1, "what was left out on purpose has no row");
         assert_eq!((rows[0].ours, rows[0].holds), (None, Some(false)));
+    }
+
+    #[test]
+    fn without_a_rival_the_value_itself_is_judged() {
+        let goal = |limit| Goal { ours: "ours-quic", rivals: &[], limit };
+        let rounds = [("ours-quic", vec![3.0, 4.0, 5.0])].into();
+        let contest = Contest { ours: &["ours-quic"], rivals: &[] };
+        let row = |limit| metric(Better::Lower, vec![goal(limit)]).rows(contest, &rounds).remove(0);
+        assert_eq!((row(4.0).rival, row(4.0).ratio, row(4.0).holds), (None, None, Some(true)));
+        assert_eq!(row(3.9).holds, Some(false));
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! `isthmus-bench report`: puts the last measurements into `docs/benchmarks.md` and its plots.
 //!
-//! In: the files that `gateway` and `failover` left. Out: `docs/benchmarks/*.svg`, and what stands between
+//! In: the files that `gateway`, `failover`, `raft` and `agents` left. Out: `docs/benchmarks/*.svg`, and what stands between
 //! `<!-- begin:NAME -->` and `<!-- end:NAME -->` in the page, written anew. All other words of the page are left alone, and so is
 //! the block of a benchmark that was not run.
 
+mod control;
 mod failover;
 mod gateway;
 
@@ -54,8 +55,19 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         blocks.push(("failover", failover::block(&faults, &verdicts, machine.as_ref(), drawn.as_ref())));
         plots.extend(drawn);
     }
+    for (name, draw) in [("raft", plot::raft as fn(&read::Gateway) -> Vec<Plot>), ("agents", plot::agents)] {
+        let Some(measured) = read::file(&args.from.join(format!("{name}-raw.json")))? else { continue };
+        let drawn = draw(&measured);
+        let rows: Vec<read::Row> = read::file(&args.from.join(format!("{name}.json")))?.unwrap_or_default();
+        let machine = read::file(&args.from.join(machine::file(name)))?;
+        blocks.push((name, control::block(&measured, &rows, machine.as_ref(), &drawn)));
+        plots.extend(drawn);
+    }
     if blocks.is_empty() {
-        bail!("no results in {}: run `isthmus-bench gateway` or `isthmus-bench failover` first", args.from.display());
+        bail!(
+            "no results in {}: run `isthmus-bench gateway`, `failover`, `raft` or `agents` first",
+            args.from.display()
+        );
     }
     for (name, block) in &blocks {
         text = replace(&text, name, block).with_context(|| format!("fill in {}", page.display()))?;
@@ -88,13 +100,17 @@ fn circumstances(machine: Option<&Machine>) -> String {
     let known = |text: &str| if text.is_empty() { "unknown".to_owned() } else { text.to_owned() };
     let date = m.began.split('T').next().unwrap_or_default();
     let debug = if m.build == "debug" { " **Debug build: the figures mean nothing.**" } else { "" };
+    let rival = match (m.envoy.as_str(), m.etcd.as_str()) {
+        ("", "") => String::new(),
+        ("", etcd) => format!(" beside etcd {etcd},"),
+        (envoy, _) => format!(" beside Envoy {envoy},"),
+    };
     format!(
-        "Measured on {date} with `isthmus-bench {}`: Isthmus {}, {} build, beside Envoy {}, on {}, {} cores, {} GiB, Linux {}; TCP \
+        "Measured on {date} with `isthmus-bench {}`: Isthmus {}, {} build,{rival} on {}, {} cores, {} GiB, Linux {}; TCP \
          congestion control of the machine: {}; largest UDP receive buffer: {} bytes; load average when it began: {}.{debug}\n",
         m.command.join(" "),
         m.isthmus,
         m.build,
-        known(&m.envoy),
         known(&m.cpu),
         m.cores,
         m.memory_gib,

@@ -1,12 +1,13 @@
 //! Plots of what was measured, as SVG.
 //!
 //! In: the benchmarks' files, read by [`super::read`]. Out: named drawings. One colour for each system throughout, values written
-//! beside their marks. Three forms: [`bars`] for amounts, [`ranges`] for latencies (p50 to p99.9, logarithmic), [`timeline`] for
-//! what a fault did over time. What belongs in which is in [`gateway`]; nothing is computed here but medians.
+//! beside their marks. Four forms: [`bars`] for amounts, [`ranges`] for latencies (p50 to p99.9, logarithmic), [`timeline`] for
+//! what a fault did over time, [`growth`] for what grows. What belongs in which is in [`gateway`]; nothing is computed here but medians.
 
 mod bars;
 mod gateway;
 mod grid;
+mod growth;
 mod ranges;
 mod svg;
 mod timeline;
@@ -28,6 +29,16 @@ pub(crate) fn gateway(measured: &Gateway) -> Vec<Plot> {
     gateway::plots(measured)
 }
 
+/// Committed writes.
+pub(crate) fn raft(measured: &Gateway) -> Vec<Plot> {
+    gateway::plots(measured)
+}
+
+/// What more agents cost.
+pub(crate) fn agents(measured: &Gateway) -> Vec<Plot> {
+    growth::plot(measured).into_iter().collect()
+}
+
 /// Faults over time; `None` without measurements.
 pub(crate) fn failover(faults: &[Fault]) -> Option<Plot> {
     timeline::plot(faults)
@@ -45,7 +56,7 @@ pub(crate) struct System {
 
 /// In the order in which they are shown. Ours are cold, Envoy's are warm, what is no rival is grey; all of a lightness that stands
 /// out from white and from black.
-const SYSTEMS: [System; 11] = [
+const SYSTEMS: [System; 12] = [
     System { name: "raw", title: "raw TCP", colour: "#8b949e" },
     System { name: "envoy-sni", title: "Envoy SNI", colour: "#b08d57" },
     System { name: "envoy-h2", title: "Envoy H2", colour: "#e0762b" },
@@ -56,6 +67,7 @@ const SYSTEMS: [System; 11] = [
     System { name: "istio", title: "Envoy, Istio's defaults", colour: "#e0762b" },
     System { name: "istio-100", title: "the same, may eject all", colour: "#d6589f" },
     System { name: "istio-h2", title: "the same, HTTP/2", colour: "#9b7fd4" },
+    System { name: "etcd", title: "etcd", colour: "#e0762b" },
     System { name: "tuned", title: "Envoy, tuned", colour: "#b08d57" },
 ];
 

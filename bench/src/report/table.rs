@@ -53,7 +53,12 @@ fn line(
     let ratio_of = |ours: &str| rows.iter().find(|row| row.ours_name == ours).map(ratio);
     line.extend(contest.ours.iter().map(|ours| ratio_of(ours).unwrap_or_else(|| "–".to_owned())));
     let judged: Vec<&Row> = rows.iter().filter(|row| row.holds.is_some()).collect();
-    let mut goals: Vec<String> = judged.iter().filter_map(|row| Some(goal(metric.better, row.goal?))).collect();
+    // Of a ratio, or, where nobody rivals, of the value.
+    let limit = |limit: f64| {
+        if contest.rivals.is_empty() { format!("{} {}", unit.text(limit), unit.name) } else { limit.to_string() }
+    };
+    let shown = |row: &Row| Some(goal(metric.better, limit(row.goal?)));
+    let mut goals: Vec<String> = judged.iter().filter_map(|row| shown(row)).collect();
     goals.dedup();
     line.push(goals.join(" / "));
     let held = judged.iter().map(|row| if row.holds == Some(true) { "yes" } else { "NO" });
@@ -65,7 +70,7 @@ fn ratio(row: &Row) -> String {
     row.ratio.map_or_else(|| "–".to_owned(), |ratio| format!("{ratio:.2}"))
 }
 
-fn goal(better: Better, limit: f64) -> String {
+fn goal(better: Better, limit: String) -> String {
     match better {
         Better::Lower => format!("≤ {limit}"),
         Better::Higher => format!("≥ {limit}"),

@@ -38,6 +38,12 @@ impl Encoded {
         })
     }
 
+    /// The difference between these two, if somebody was sent it: not even made, let alone encoded, for each agent.
+    pub(super) fn made(&self, from: Stamp, to: Stamp) -> Option<Bytes> {
+        let latest = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        (latest.of == to).then(|| latest.deltas.get(&from).cloned()).flatten()
+    }
+
     pub(crate) fn delta(&self, delta: &GlobalDelta) -> Bytes {
         let encode = || Bytes::from(common::GlobalDelta::from(delta).encode_to_vec());
         self.at(delta.to, |latest| match latest {

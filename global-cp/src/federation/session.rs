@@ -24,7 +24,11 @@ use isthmus_model::{
     time::Timestamp,
 };
 use isthmus_runtime::tasks::Shutdown;
-use tokio::{sync::watch, time::timeout};
+use prost::Message as _;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until, timeout},
+};
 use tonic::{Status, Streaming};
 
 use super::{
@@ -46,6 +50,13 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a publication of a cluster that publishes too often may wait.
 const LONGEST_TURN: Duration = Duration::from_secs(5);
+/// Between two updates of an agent: much longer than a lone one takes, much shorter than anybody waits for one. While changes
+/// come one after the other, what a thousand agents are sent is gathered meanwhile.
+const PAUSE: Duration = Duration::from_millis(20);
+/// And longer after a long one, by a second for so many bytes.
+const BYTES_PER_SECOND: f64 = 8e6;
+/// But no longer than this.
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 
 /// What an operator is told when histories have parted.
 const NEW_EPOCH: &str = "start it once with `isthmus-global-cp --config FILE --new-epoch`";
@@ -103,6 +114,8 @@ struct Session {
     shutdown: Shutdown,
     /// What the agent holds once it has received all that was sent.
     held: Option<Held>,
+    /// No update goes out before.
+    rested: Instant,
     /// Where the agent knows that nodes are.
     nodes: Vec<String>,
     /// What the agent knows to be the matter with its exports.
@@ -149,6 +162,7 @@ impl Session {
             inbound,
             shutdown,
             held,
+            rested: Instant::now(),
             nodes: Vec::new(),
             conditions: Vec::new(),
             sequence: 0,
@@ -160,7 +174,10 @@ impl Session {
     /// The next message for the agent; `None` when the agent has ended the session.
     async fn next(&mut self) -> Result<Option<ControlMessage>, Status> {
         loop {
-            if let Some(update) = self.update()? {
+            self.check_membership()?;
+            let rested = Instant::now() >= self.rested;
+            if rested && let Some(update) = self.update()? {
+                self.rested = Instant::now() + pause(update.encoded_len());
                 return Ok(Some(update));
             }
             if let Some(nodes) = self.moved() {
@@ -176,11 +193,13 @@ impl Session {
                     None => std::future::pending().await,
                 }
             };
-            // All four may be dropped and asked again: two only look, a stream's `next` keeps its place in the stream,
+            // All may be dropped and asked again: some only look, a stream's `next` keeps its place in the stream,
             // and the publication's future lives in `self`.
             tokio::select! {
                 () = self.shutdown.requested() => return Err(stopping()),
+                // Also while it rests: a revocation does not wait.
                 changed = self.views.changed() => changed.map_err(|_| stopping())?,
+                () = sleep_until(self.rested), if !rested => {}
                 answer = publishing => {
                     self.publishing = None;
                     return answer.map(Some);
@@ -193,18 +212,31 @@ impl Session {
         }
     }
 
-    /// What the agent lacks, if it lacks anything. Ends the session of a cluster that is no longer active.
+    /// Ends the session of a cluster that is no longer active.
+    fn check_membership(&mut self) -> Result<(), Status> {
+        let latest = self.views.borrow_and_update();
+        let Some(global) = latest.global() else { return Ok(()) };
+        require_active(global, &self.cluster).map_err(|rejection| status_of(&rejection))
+    }
+
+    /// What the agent lacks, if it lacks anything.
     fn update(&mut self) -> Result<Option<ControlMessage>, Status> {
         let view = {
             let latest = self.views.borrow_and_update();
             let Some(global) = latest.global() else { return Ok(None) };
-            require_active(global, &self.cluster).map_err(|rejection| status_of(&rejection))?;
             if self.held.is_some_and(|held| held.content == Content::Known && held.stamp == global.stamp) {
                 return Ok(None);
             }
             // A digest may have to be made of it, and nobody should wait meanwhile.
             latest.clone()
         };
+        let known = self.held.filter(|held| held.content == Content::Known).map(|held| held.stamp);
+        let to = view.state().stamp();
+        if let Some(delta) = known.and_then(|from| self.shared.encoded.made(from, to)) {
+            view.remember();
+            self.held = Some(Held { stamp: to, content: Content::Known });
+            return Ok(Some(ControlMessage { kind: Some(control_message::Kind::Delta(delta)) }));
+        }
         let update = view.since(self.held);
         let (stamp, kind) = match update {
             Update::UpToDate | Update::NotFounded => return Ok(None),
@@ -409,6 +441,11 @@ fn check_hello(hello: &Hello, cluster: &ClusterName) -> Result<Option<Held>, Sta
     let comparable = hello.version == env!("CARGO_PKG_VERSION");
     let digest = Digest::try_from(hello.held_digest.as_slice()).ok().filter(|_| comparable);
     Ok(stamp.map(|stamp| Held { stamp, content: digest.map_or(Content::Unknown, Content::Digest) }))
+}
+
+/// After an update of this length.
+fn pause(bytes: usize) -> Duration {
+    (PAUSE + Duration::from_secs_f64(bytes as f64 / BYTES_PER_SECOND)).min(LONGEST_PAUSE)
 }
 
 fn stopping() -> Status {

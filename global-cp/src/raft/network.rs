@@ -38,8 +38,9 @@ use crate::state::{Answers, Batch};
 
 /// Of a message's body: JSON.
 pub(crate) const FORMAT: u32 = 1;
-/// Entries of this length together go in one request, and a single longer one.
-const MAX_ENTRIES: usize = 8 << 20;
+/// Entries of this length together go in one request, and a single longer one. A request must be read, flushed and answered
+/// within a heartbeat, by a busy node too, else it is sent again and nothing goes forward.
+const MAX_ENTRIES: usize = 512 << 10;
 /// What one node takes from another one.
 pub(crate) const MAX_PEER_MESSAGE: usize = 512 << 20;
 /// To a node that does not answer.

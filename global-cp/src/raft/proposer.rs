@@ -21,7 +21,8 @@ use crate::state::{Actor, Answers, Batch, Command, Outcome, Proposal, ProposalId
 
 /// How long a command may take. A flush to a busy disk takes tens of milliseconds.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Proposals of one entry.
+/// Weight of the proposals of one entry: what is small has 1, and so has each export that is published. An entry must not take
+/// so long to send, flush and apply that heartbeats and those who wait suffer.
 const GATHERED: usize = 512;
 /// Entries on their way.
 const IN_FLIGHT: usize = 2;
@@ -113,8 +114,14 @@ async fn gather(group: Group, mut waiting: mpsc::Receiver<Waiting>, tasks: Tasks
     loop {
         // First the room, so that what comes meanwhile is gathered.
         let Ok(room) = in_flight.clone().acquire_owned().await else { return };
-        if waiting.recv_many(&mut gathered, GATHERED).await == 0 {
-            return;
+        let Some(first) = waiting.recv().await else { return };
+        let mut weight = weight(&first.proposal.command);
+        gathered.push(first);
+        while weight < GATHERED
+            && let Ok(next) = waiting.try_recv()
+        {
+            weight = weight.saturating_add(self::weight(&next.proposal.command));
+            gathered.push(next);
         }
         let (proposals, answers): (Vec<_>, Vec<_>) = gathered.drain(..).map(|w| (w.proposal, w.answer)).unzip();
         let group = group.clone();
@@ -135,17 +142,30 @@ async fn gather(group: Group, mut waiting: mpsc::Receiver<Waiting>, tasks: Tasks
     }
 }
 
+/// What of an entry a proposal takes.
+fn weight(command: &Command) -> usize {
+    match command {
+        Command::Publish(publish) => 1 + publish.publication.exports.len(),
+        Command::Restore(_) => GATHERED,
+        _ => 1,
+    }
+}
+
 impl Group {
     /// Commits `batch`, here or at the leader. What was answered is applied here.
     async fn commit(&self, batch: Batch) -> Result<Answers, ProposeError> {
         let deadline = Instant::now() + DEADLINE;
         let mut why = "nobody leads".to_owned();
         loop {
-            let leader = match timeout_at(deadline, self.commit_here(batch.clone())).await {
-                Ok(Ok((answers, _))) => return Ok(answers),
-                Ok(Err(NotHere::Elsewhere(leader))) => leader,
-                Ok(Err(NotHere::Failed(error))) => return Err(error),
-                Err(_) => return Err(ProposeError::Deadline),
+            let leader = match self.other_leader() {
+                // The engine would only say the same.
+                Some(leader) => Some(leader),
+                None => match timeout_at(deadline, self.commit_here(batch.clone())).await {
+                    Ok(Ok((answers, _))) => return Ok(answers),
+                    Ok(Err(NotHere::Elsewhere(leader))) => leader,
+                    Ok(Err(NotHere::Failed(error))) => return Err(error),
+                    Err(_) => return Err(ProposeError::Deadline),
+                },
             };
             // Without a word of a leader this node may have moved, so that nobody finds it: another one knows who leads.
             let hand_on = leader.is_none();
@@ -172,6 +192,14 @@ impl Group {
     pub(super) async fn hand_on(&self, leader: Option<Peer>, batch: &Batch) -> Result<(Answers, u64), PeerError> {
         let leader = leader.ok_or_else(|| PeerError::TryAgain("nobody leads".to_owned()))?;
         self.peers.propose(&leader, batch, false).await
+    }
+
+    /// The node that leads, if it is known and another one than this.
+    fn other_leader(&self) -> Option<Peer> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow();
+        let leader = metrics.current_leader.filter(|leader| *leader != metrics.id && metrics.running_state.is_ok())?;
+        metrics.membership_config.nodes().find(|(id, _)| **id == leader).map(|(_, peer)| peer.clone())
     }
 
     fn others(&self) -> Vec<Peer> {

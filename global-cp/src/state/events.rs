@@ -9,7 +9,8 @@ use super::{Command, Proposal, Response};
 
 /// How many events are kept, roughly.
 const KEPT: usize = 10_240;
-const PART: usize = 256;
+/// Of which one is copied with each entry of the log.
+const PART: usize = 32;
 
 /// Who asks.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -14,7 +14,8 @@ use super::{Actor, Change, Command, Response, State};
 
 /// How many answers are remembered, roughly. A proposal is tried again within seconds.
 const REMEMBERED: usize = 10_240;
-const PART: usize = 256;
+/// Of which one is copied with each entry of the log.
+const PART: usize = 32;
 
 /// What the proposer has drawn for a proposal: 128 random bits.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

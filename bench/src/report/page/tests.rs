@@ -4,7 +4,8 @@ use serde_json::json;
 
 use super::*;
 
-const PAGE: &str = "Words.\n<!-- begin:gateway -->\nold\n<!-- end:gateway -->\nMore.\n<!-- begin:failover -->\n<!-- end:failover -->\n";
+const PAGE: &str = "Words.\n<!-- begin:gateway -->\nold\n<!-- end:gateway -->\nMore.\n<!-- begin:failover -->\n<!-- end:failover -->\n\
+    <!-- begin:raft -->\n<!-- end:raft -->\n<!-- begin:agents -->\n<!-- end:agents -->\n";
 
 /// A folder with a page, and with these results.
 fn folder(test: &str, files: &[(&str, serde_json::Value)]) -> Args {
@@ -60,7 +61,7 @@ fn blocks_are_filled_in_and_the_words_around_them_stay() {
     fs::remove_dir_all(args.docs.parent().unwrap()).unwrap();
 
     assert!(text.starts_with("Words.\n<!-- begin:gateway -->\n") && !text.contains("old"), "{text}");
-    assert!(text.ends_with("<!-- end:gateway -->\nMore.\n<!-- begin:failover -->\n<!-- end:failover -->\n"), "{text}");
+    assert!(text.contains("<!-- end:gateway -->\nMore.\n<!-- begin:failover -->\n<!-- end:failover -->\n"), "{text}");
     assert_eq!(text.matches("### Goals").count(), 1, "a second run replaces the first's block");
     assert!(text.contains("1 of 2 held.") && text.contains("1 are won or even, 2 lost:"), "{text}");
     let (requests, p99) =
@@ -120,4 +121,52 @@ fn faults_are_summed_up_by_medians_and_losses_are_named() {
     // The round in the middle by its end, not by its failures.
     assert!(svg.contains("3 failed, 0 slow, last after 0.80 s"), "{svg}");
     assert!(svg.contains("kill -9 of a gateway"), "{svg}");
+}
+
+#[test]
+fn the_control_plane_is_shown_beside_its_rival_or_against_its_limits() {
+    let series = |quantity: &str, params: serde_json::Value, unit: &str, rounds: serde_json::Value| {
+        let group = if params.get("agents").is_some() { "agents" } else { "raft" };
+        json!({ "group": group, "quantity": quantity, "params": params, "unit": unit, "better": "lower", "rounds": rounds })
+    };
+    let p = |quantile: &str| {
+        series(
+            &format!("latency {quantile}"),
+            json!({ "writers": 64 }),
+            "µs",
+            json!({ "ours": [900.0], "etcd": [1200.0] }),
+        )
+    };
+    let memory = |agents: u64, bytes: f64| {
+        series("memory of a node", json!({ "agents": agents }), "bytes", json!({ "ours": [bytes] }))
+    };
+    let row = |metric: &str, unit: &str, systems: serde_json::Value, ratio: Option<f64>, goal: f64| {
+        let rival = ratio.map(|_| "etcd");
+        json!({ "group": "raft", "metric": metric, "unit": unit, "better": "lower", "ours_name": "ours", "rival_name": rival,
+                "ratio": ratio, "goal": goal, "holds": true, "systems": systems })
+    };
+    let raft = json!({ "quick": true, "notes": ["the disk is slow"], "metrics": [p("p50"), p("p99")] });
+    let beside = row("latency p99, 64 writers", "µs", json!({ "ours": 900.0, "etcd": 1200.0 }), Some(0.75), 1.0);
+    let agents = json!({ "quick": false, "notes": [], "metrics": [memory(10, 3e7), memory(1_000, 4e8)] });
+    let alone = row("memory of a node, 1,000 agents", "bytes", json!({ "ours": 4e8 }), None, 1_073_741_824.0);
+    let args = folder(
+        "control",
+        &[
+            ("raft-raw.json", raft),
+            ("raft.json", json!([beside])),
+            ("agents-raw.json", agents),
+            ("agents.json", json!([alone])),
+        ],
+    );
+    run(&args).unwrap();
+    let text = fs::read_to_string(args.docs.join("benchmarks.md")).unwrap();
+    let growth = fs::read_to_string(args.docs.join("benchmarks/agents-growth.svg")).unwrap();
+    let latency = fs::read_to_string(args.docs.join("benchmarks/raft-latency.svg")).unwrap();
+    fs::remove_dir_all(args.docs.parent().unwrap()).unwrap();
+
+    assert!(text.contains("the disk is slow") && text.contains("1 of 1 goals held."), "{text}");
+    assert!(text.contains("| latency p99, 64 writers [µs] | 900 | 1,200 | 0.75 | ≤ 1 | yes |"), "{text}");
+    assert!(text.contains("| memory of a node, 1,000 agents [KiB] | 390,625 | ≤ 1,048,576 KiB | yes |"), "{text}");
+    assert!(growth.contains("memory of a node") && growth.contains("1,000"), "{growth}");
+    assert!(latency.contains("etcd") && latency.contains("64 writers"), "{latency}");
 }

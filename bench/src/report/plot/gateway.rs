@@ -1,4 +1,4 @@
-//! Which of the data path's measurements are shown together, and how.
+//! Which measurements of the data path, and of committed writes, are shown together, and how.
 
 use serde_json::Value;
 
@@ -31,7 +31,7 @@ enum Form {
     Ranges,
 }
 
-const FIGURES: [Figure; 9] = [
+const FIGURES: [Figure; 11] = [
     Figure {
         name: "gateway-throughput",
         title: "Throughput by number of streams",
@@ -106,6 +106,20 @@ const FIGURES: [Figure; 9] = [
         group: "wan",
         form: Form::Bars(Scale::Own),
         quantities: &[("throughput server to client", "")],
+    },
+    Figure {
+        name: "raft-writes",
+        title: "Committed writes per second",
+        group: "raft",
+        form: Form::Bars(Scale::Own),
+        quantities: &[("writes", "")],
+    },
+    Figure {
+        name: "raft-latency",
+        title: "Time to a committed write (less is better)",
+        group: "raft",
+        form: Form::Ranges,
+        quantities: &[("latency ", "")],
     },
 ];
 

@@ -5,44 +5,49 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::system::System;
-use crate::report::Metric;
+use super::Metric;
 
 /// All of it, metrics in the order of their first value.
 #[derive(Debug, Default, Serialize)]
-pub(super) struct Samples {
-    pub(super) metrics: Vec<Measured>,
+pub(crate) struct Samples {
+    pub(crate) metrics: Vec<Measured>,
     /// What a reader of the figures should know: steps that failed, requests that were lost.
-    pub(super) notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
 }
 
 /// One metric's values.
 #[derive(Debug, Serialize)]
-pub(super) struct Measured {
+pub(crate) struct Measured {
     #[serde(flatten)]
-    pub(super) metric: Metric,
+    pub(crate) metric: Metric,
     /// By system, one for each round.
-    pub(super) rounds: BTreeMap<&'static str, Vec<f64>>,
+    pub(crate) rounds: BTreeMap<&'static str, Vec<f64>>,
     /// By system, for each round what the step saw beside the value.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
-    pub(super) details: BTreeMap<&'static str, Vec<Value>>,
+    pub(crate) details: BTreeMap<&'static str, Vec<Value>>,
 }
 
 impl Samples {
     /// Adds a value.
-    pub(super) fn add(&mut self, metric: &Metric, system: System, value: f64) {
-        self.of(metric).rounds.entry(system.name()).or_default().push(value);
+    pub(crate) fn add(&mut self, metric: &Metric, system: impl Into<&'static str>, value: f64) {
+        self.of(metric).rounds.entry(system.into()).or_default().push(value);
     }
 
     /// Adds a value with what the step saw.
-    pub(super) fn add_with(&mut self, metric: &Metric, system: System, value: f64, detail: &impl Serialize) {
-        let measured = self.of(metric);
-        measured.rounds.entry(system.name()).or_default().push(value);
-        measured.details.entry(system.name()).or_default().push(serde_json::to_value(detail).unwrap_or(Value::Null));
+    pub(crate) fn add_with(
+        &mut self,
+        metric: &Metric,
+        system: impl Into<&'static str>,
+        value: f64,
+        detail: &impl Serialize,
+    ) {
+        let (measured, system) = (self.of(metric), system.into());
+        measured.rounds.entry(system).or_default().push(value);
+        measured.details.entry(system).or_default().push(serde_json::to_value(detail).unwrap_or(Value::Null));
     }
 
     /// Adds a word for the reader.
-    pub(super) fn note(&mut self, note: impl Into<String>) {
+    pub(crate) fn note(&mut self, note: impl Into<String>) {
         let note = note.into();
         if !self.notes.contains(&note) {
             self.notes.push(note);
@@ -50,7 +55,7 @@ impl Samples {
     }
 
     /// The values of a metric by system name.
-    pub(super) fn rounds(&self, metric: &Metric) -> Option<&BTreeMap<&'static str, Vec<f64>>> {
+    pub(crate) fn rounds(&self, metric: &Metric) -> Option<&BTreeMap<&'static str, Vec<f64>>> {
         self.metrics.iter().find(|m| m.metric == *metric).map(|m| &m.rounds)
     }
 
