@@ -48,7 +48,7 @@ fn with_west(control: &ControlPlane, revision: u64, names: &[&str]) -> GlobalSna
             exporters: [(west.name.clone(), Exporter { created_at: Timestamp(1), identities })].into(),
             conflicts: Vec::new(),
         };
-        global.services.insert(service.name.clone(), service);
+        global.services.insert(service.name.clone(), service.into());
     }
     global.clusters.insert(west.name.clone(), west);
     global

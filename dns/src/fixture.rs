@@ -77,7 +77,7 @@ pub(crate) fn snapshot() -> GlobalSnapshot {
         federation_bundle: bundle("isthmus.example"),
         settings: Settings::default(),
         clusters: clusters.map(|c| (c.name.clone(), c)).collect(),
-        services: services.into_iter().map(|s| (s.name.clone(), s)).collect(),
+        services: services.into_iter().map(|s| (s.name.clone(), s.into())).collect(),
     }
 }
 

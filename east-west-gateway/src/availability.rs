@@ -312,7 +312,7 @@ fn tabulate(cluster: &ClusterName, inner: &Inner) -> Table {
         let availability = Availability { ready: saturate(ready), total: saturate(endpoints.len()), reachable: true };
         (s.name.clone(), availability)
     };
-    exported.map(entry).collect()
+    exported.map(AsRef::as_ref).map(entry).collect()
 }
 
 fn serving(view: &View) -> HashSet<SocketAddr> {

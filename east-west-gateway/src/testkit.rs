@@ -61,6 +61,6 @@ pub(crate) fn federation(names: &[&str]) -> GlobalSnapshot {
         federation_bundle: no_bundle(FEDERATION),
         settings: Settings::default(),
         clusters: names.iter().enumerate().map(info).collect::<BTreeMap<_, _>>(),
-        services: [(service_name(), service)].into(),
+        services: [(service_name(), service.into())].into(),
     }
 }

@@ -28,7 +28,7 @@ impl View {
 
     /// The global service of that name.
     pub(crate) fn service(&self, name: &ServiceName) -> Option<&GlobalService> {
-        self.global.as_ref()?.services.get(name)
+        self.global.as_ref()?.services.get(name).map(AsRef::as_ref)
     }
 
     /// The addresses that local endpoints serve `port` of `service` at, of all that may get traffic.

@@ -498,3 +498,25 @@ async fn health_and_metrics_are_served() {
     wait_for("the metrics", Duration::from_secs(5), served).await.unwrap();
     cp.stop().await;
 }
+
+#[tokio::test]
+async fn a_long_state_comes_in_pieces() {
+    let dir = tempfile::tempdir().unwrap();
+    let cp = ControlPlane::start(dir.path()).await;
+    let agent = Agent::new("us-east");
+    let svid = cp.join(&agent).await;
+    let mut session = Session::open(&mut cp.client(Some(&svid)), "us-east", None).await.unwrap();
+    session.snapshot().await;
+    assert_eq!(session.pieces, 0, "a short one is whole");
+    let names: Vec<String> = (0..3_000).map(|i| format!("service-with-a-rather-long-name-{i}")).collect();
+    session.send(agent.publish(1, &names.iter().map(String::as_str).collect::<Vec<_>>())).await;
+    published(session.answer().await);
+    assert!(session.pieces > 5, "{} pieces of the difference", session.pieces);
+
+    let mut fresh = Session::open(&mut cp.client(Some(&svid)), "us-east", None).await.unwrap();
+    assert_eq!(fresh.snapshot().await.services.len(), 3_000);
+    assert!(fresh.pieces > 5, "{} pieces of the state", fresh.pieces);
+    cp.admin.call("POST", "/v1/clusters/us-east/revoke", "").await;
+    assert_eq!(fresh.end().await.code(), Code::PermissionDenied);
+    cp.stop().await;
+}

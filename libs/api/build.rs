@@ -4,6 +4,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = ["common.proto", "federation.proto", "local.proto", "peers.proto", "tunnel.proto"];
     println!("cargo:rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;
-    tonic_prost_build::configure().bytes(".isthmus.federation.v1.ControlMessage").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".isthmus.federation.v1.ControlMessage")
+        .bytes(".isthmus.federation.v1.Piece")
+        .compile_fds(descriptors)?;
     Ok(())
 }

@@ -79,16 +79,18 @@ pub(super) async fn run(member: Arc<Member>, address: SocketAddr, slot: Arc<Slot
             version: env!("CARGO_PKG_VERSION").to_owned(),
             held_digest: Vec::new(),
         };
-        let (ended, holds) =
-            match timeout(CALL, Wire::open(address, &member.tls, agent_message::Kind::Hello(hello))).await {
-                Ok(Ok((up, down))) => {
-                    backoff.reset();
-                    let session = Session { up, slot: &slot, held, intent: intent.clone(), sequence: 0, sent: None };
-                    session.run(down).await
-                }
-                Ok(Err(error)) => (error, held),
-                Err(_) => (anyhow!("no answer in time"), held),
-            };
+        let (ended, holds) = match timeout(CALL, Wire::open(address, &member.tls, agent_message::Kind::Hello(hello)))
+            .await
+        {
+            Ok(Ok((up, down))) => {
+                backoff.reset();
+                let session =
+                    Session { up, slot: &slot, held, coming: None, intent: intent.clone(), sequence: 0, sent: None };
+                session.run(down).await
+            }
+            Ok(Err(error)) => (error, held),
+            Err(_) => (anyhow!("no answer in time"), held),
+        };
         held = holds;
         {
             let mut known = slot.lock();
@@ -103,6 +105,8 @@ struct Session<'a> {
     up: Up,
     slot: &'a Slot,
     held: Option<common::Stamp>,
+    /// A state of which pieces have come.
+    coming: Option<Box<Heard>>,
     intent: watch::Receiver<Intent>,
     sequence: u64,
     /// The version that is on its way; one at a time.
@@ -155,6 +159,19 @@ impl Session<'_> {
 
     /// Whether the state is another one now.
     fn take(&mut self, heard: Heard) -> anyhow::Result<bool> {
+        let heard = match heard {
+            Heard::Piece { of, last } => {
+                // Later pieces may look as if they began with stamps.
+                if self.coming.is_none() {
+                    self.coming = Some(of.context("the first piece of a state has no stamp")?);
+                }
+                match self.coming.take_if(|_| last) {
+                    Some(whole) => *whole,
+                    None => return Ok(false),
+                }
+            }
+            heard => heard,
+        };
         let to = match heard {
             Heard::Snapshot(stamp) => stamp,
             Heard::Delta { from, to } => {
@@ -164,6 +181,8 @@ impl Session<'_> {
                 }
                 to
             }
+            // Put together above.
+            Heard::Piece { .. } => return Ok(false),
             Heard::Other(Some(control_message::Kind::Published(published))) => {
                 ensure!(published.sequence == self.sequence, "an answer to publication {}", published.sequence);
                 let revision = published.stamp.context("a publication's stamp")?.revision;

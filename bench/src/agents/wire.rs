@@ -13,7 +13,7 @@ use hyper::{
 };
 use isthmus_api::proto::{
     common::v1::Stamp,
-    federation::v1::{AgentMessage, ControlMessage, agent_message, control_message},
+    federation::v1::{AgentMessage, ControlMessage, Piece, PieceOf, agent_message, control_message},
 };
 use prost::{
     Message,
@@ -25,7 +25,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use crate::control::http2::{Driver, dial};
 
 /// Messages up to this length are kept whole.
-const WHOLE: usize = 16 << 10;
+const WHOLE: usize = 40 << 10;
 /// Of a longer one.
 const BEGINNING: usize = 256;
 /// Before each message: not compressed, and how long it is.
@@ -48,7 +48,15 @@ pub(super) struct Wire {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Heard {
     Snapshot(Stamp),
-    Delta { from: Stamp, to: Stamp },
+    Delta {
+        from: Stamp,
+        to: Stamp,
+    },
+    /// The first one tells of what it is.
+    Piece {
+        of: Option<Box<Heard>>,
+        last: bool,
+    },
     Other(Option<control_message::Kind>),
 }
 
@@ -171,6 +179,16 @@ fn read(message: &[u8]) -> anyhow::Result<Heard> {
     match first {
         Some((1, snapshot)) => Ok(Heard::Snapshot(stamp(snapshot, 1)?)),
         Some((2, delta)) => Ok(Heard::Delta { from: stamp(delta, 1)?, to: stamp(delta, 2)? }),
+        // Of one that comes in pieces the first tells the stamps, and the last that it is there.
+        Some((7, piece)) => {
+            let piece = Piece::decode(piece).context("read a piece")?;
+            let stamp = |tag| stamp(&piece.bytes, tag).ok();
+            let of = match piece.of() {
+                PieceOf::Snapshot => stamp(1).map(Heard::Snapshot),
+                _ => stamp(1).zip(stamp(2)).map(|(from, to)| Heard::Delta { from, to }),
+            };
+            Ok(Heard::Piece { of: of.map(Box::new), last: piece.last })
+        }
         _ => Ok(Heard::Other(ControlMessage::decode(message).context("read a message")?.kind)),
     }
 }
@@ -210,8 +228,12 @@ mod tests {
     #[test]
     fn messages_are_heard_however_they_are_cut_and_however_long() {
         let clusters = |n| vec![ClusterInfo { name: "x".repeat(100), ..ClusterInfo::default() }; n];
-        let delta =
-            GlobalDelta { from: Some(stamp(7)), to: Some(stamp(9)), clusters: clusters(500), ..GlobalDelta::default() };
+        let delta = GlobalDelta {
+            from: Some(stamp(7)),
+            to: Some(stamp(9)),
+            clusters: clusters(2_000),
+            ..GlobalDelta::default()
+        };
         let snapshot = GlobalSnapshot { stamp: Some(stamp(7)), clusters: clusters(1), ..GlobalSnapshot::default() };
         let published = Published { sequence: 3, stamp: Some(stamp(9)) };
         let kinds = [

@@ -126,7 +126,7 @@ impl Spec {
             federation_bundle: no_bundle(self.federation.clone()),
             settings: Settings::default(),
             clusters: clusters.collect::<anyhow::Result<_>>()?,
-            services: [(self.service.clone(), service)].into(),
+            services: [(self.service.clone(), service.into())].into(),
         })
     }
 }

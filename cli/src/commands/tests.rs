@@ -211,7 +211,7 @@ fn an_empty_federation_says_how_to_begin() {
 #[test]
 fn services_and_clusters_are_tables() {
     let global = snapshot();
-    let services: Vec<_> = global.services.values().cloned().collect();
+    let services: Vec<_> = global.services.values().map(|service| service.as_ref().clone()).collect();
     let want = "\
 SERVICE    KIND          INDEX  PORTS         EXPORTED BY         CONFLICTS
 shop/cart  ClusterSetIP  5      http:80/http  eu-central,us-east  -

@@ -144,7 +144,7 @@ impl Federation {
             federation_bundle: self.ca.bundle(),
             settings: Settings::default(),
             clusters: (1..).zip(&self.clusters).map(info).map(|c| (c.name.clone(), c)).collect(),
-            services: services.into_iter().map(|s| (s.name.clone(), s)).collect(),
+            services: services.into_iter().map(|s| (s.name.clone(), s.into())).collect(),
         }
     }
 

@@ -32,7 +32,7 @@ use tonic::{Code, Status, transport::Channel};
 /// A call that is not answered by then has failed.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
 /// Snapshots of the largest federations; bounds what a control plane can make us allocate.
-const MAX_MESSAGE: usize = 128 * 1024 * 1024;
+pub(super) const MAX_MESSAGE: usize = 128 * 1024 * 1024;
 
 /// Most nodes that are remembered.
 const MAX_NODES: usize = 16;

@@ -12,7 +12,8 @@ use isthmus_api::{
     proto::{
         common::v1 as common,
         federation::v1::{
-            AgentMessage, ControlMessage, ExportCondition, Hello, Publish, agent_message, control_message,
+            AgentMessage, ControlMessage, ExportCondition, Hello, Piece, PieceOf, Publish, agent_message,
+            control_message,
         },
     },
 };
@@ -30,7 +31,7 @@ use tonic::Status;
 
 use super::{
     Accept, Uplink,
-    control::{CALL_DEADLINE, words},
+    control::{CALL_DEADLINE, MAX_MESSAGE, words},
 };
 use crate::status::{Area, problem};
 
@@ -88,6 +89,7 @@ struct Session<'a> {
     publishing: Publishing,
     /// When something is to be done about `publishing`.
     due: Option<Instant>,
+    pieces: Pieces,
 }
 
 #[derive(Debug, PartialEq)]
@@ -126,7 +128,8 @@ pub(super) async fn run(uplink: &mut Uplink) -> Ended {
     };
     tracing::info!(control_plane = %uplink.control.address(), "session with the control plane begins");
     uplink.metrics.uplink_connected.set(1);
-    let session = Session { uplink, up, sequence: 0, publishing: Publishing::Due, due: None };
+    let session =
+        Session { uplink, up, sequence: 0, publishing: Publishing::Due, due: None, pieces: Pieces::default() };
     session.run(down).await
 }
 
@@ -214,7 +217,14 @@ impl Session<'_> {
     }
 
     async fn take(&mut self, message: ControlMessage) -> Result<(), Ended> {
-        match message.kind {
+        let kind = match message.kind {
+            Some(control_message::Kind::Piece(piece)) => match self.pieces.add(piece)? {
+                Some(whole) => Some(whole),
+                None => return Ok(()),
+            },
+            kind => kind,
+        };
+        match kind {
             Some(control_message::Kind::Snapshot(snapshot)) => {
                 let snapshot: GlobalSnapshot = decoded::<common::GlobalSnapshot, _>("snapshot", snapshot)?;
                 self.uplink.accept(snapshot).await;
@@ -258,7 +268,12 @@ impl Session<'_> {
                 self.uplink.status.set_problems(Area::Exports, conditions.map(condition).collect());
             }
             // An answer to an older publication, or a message that a newer version knows.
-            Some(control_message::Kind::Published(_) | control_message::Kind::Refused(_)) | None => {}
+            Some(
+                control_message::Kind::Published(_)
+                | control_message::Kind::Refused(_)
+                | control_message::Kind::Piece(_),
+            )
+            | None => {}
         }
         Ok(())
     }
@@ -299,6 +314,30 @@ impl Session<'_> {
     }
 }
 
+/// An update that comes in pieces, as far as it has come.
+#[derive(Default)]
+struct Pieces(Vec<u8>);
+
+impl Pieces {
+    /// The whole, with its last piece.
+    fn add(&mut self, piece: Piece) -> Result<Option<control_message::Kind>, Ended> {
+        let invalid = |message: String| Ended::Invalid { what: "piece", source: ConvertError::new("", message) };
+        if self.0.len() + piece.bytes.len() > MAX_MESSAGE {
+            return Err(invalid(format!("all pieces together are over {MAX_MESSAGE} bytes")));
+        }
+        self.0.extend_from_slice(&piece.bytes);
+        if !piece.last {
+            return Ok(None);
+        }
+        let whole = Bytes::from(std::mem::take(&mut self.0));
+        match piece.of() {
+            PieceOf::Snapshot => Ok(Some(control_message::Kind::Snapshot(whole))),
+            PieceOf::Delta => Ok(Some(control_message::Kind::Delta(whole))),
+            PieceOf::Unspecified => Err(invalid("it is neither of a snapshot nor of a delta".to_owned())),
+        }
+    }
+}
+
 fn condition(told: ExportCondition) -> Problem {
     let at = match told.service {
         Some(service) => format!("ServiceExport {}/{}", service.namespace, service.name),
@@ -320,4 +359,32 @@ async fn until(at: Option<Instant>) {
 /// The wire form of a state, for the disk.
 pub(super) fn encode(snapshot: &GlobalSnapshot) -> Vec<u8> {
     prost::Message::encode_to_vec(&common::GlobalSnapshot::from(snapshot))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(bytes: &'static [u8], of: PieceOf, last: bool) -> Piece {
+        Piece { bytes: Bytes::from_static(bytes), of: of.into(), last }
+    }
+
+    #[test]
+    fn pieces_become_what_they_are_of_and_the_next_ones_begin_anew() {
+        let mut pieces = Pieces::default();
+        assert!(pieces.add(piece(b"ab", PieceOf::Snapshot, false)).unwrap().is_none());
+        let whole = pieces.add(piece(b"c", PieceOf::Snapshot, true)).unwrap().unwrap();
+        assert_eq!(whole, control_message::Kind::Snapshot(Bytes::from_static(b"abc")));
+        let whole = pieces.add(piece(b"d", PieceOf::Delta, true)).unwrap().unwrap();
+        assert_eq!(whole, control_message::Kind::Delta(Bytes::from_static(b"d")));
+    }
+
+    #[test]
+    fn pieces_without_end_and_of_nothing_are_refused() {
+        let mut pieces = Pieces(vec![0; MAX_MESSAGE]);
+        let error = pieces.add(piece(b"x", PieceOf::Delta, false)).unwrap_err();
+        assert!(matches!(error, Ended::Invalid { what: "piece", .. }));
+        let error = Pieces::default().add(piece(b"x", PieceOf::Unspecified, true)).unwrap_err();
+        assert!(matches!(error, Ended::Invalid { .. }));
+    }
 }

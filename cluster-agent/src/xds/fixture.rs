@@ -46,7 +46,7 @@ pub(crate) fn view() -> View {
             zone: "us-east-1".parse().unwrap(),
         };
         endpoints.services.insert(service(name), vec![local]);
-        global.insert(service(name), global_service(name, vip, &ports));
+        global.insert(service(name), global_service(name, vip, &ports).into());
     }
     View {
         cluster: cluster("us-east"),

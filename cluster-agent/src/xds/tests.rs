@@ -135,7 +135,7 @@ fn only_exporters_of_the_port_in_active_clusters_are_accepted_as_peers() {
     let mut view = view();
     let mut global = (*view.global).clone();
     global.clusters.get_mut(&cluster("eu-central")).unwrap().state = ClusterState::Revoked;
-    global.services.get_mut(&service("cart")).unwrap().ports[1].clusters.remove(&cluster("us-west"));
+    Arc::make_mut(global.services.get_mut(&service("cart")).unwrap()).ports[1].clusters.remove(&cluster("us-west"));
     view.global = Arc::new(global);
     assert_eq!(
         accepted(&view, "outbound|80|shop/cart"),
@@ -148,7 +148,7 @@ fn only_exporters_of_the_port_in_active_clusters_are_accepted_as_peers() {
 fn a_port_that_nobody_may_answer_for_is_not_configured_at_all() {
     let mut view = view();
     let mut global = (*view.global).clone();
-    global.services.get_mut(&service("orders")).unwrap().ports[0].clusters.clear();
+    Arc::make_mut(global.services.get_mut(&service("orders")).unwrap()).ports[0].clusters.clear();
     view.global = Arc::new(global);
     let resources = build(&view, &sidecar(), NOW);
     assert!(resources.find(ResourceType::Cluster, "outbound|5000|shop/orders").is_none());

@@ -168,7 +168,7 @@ async fn additional_records_give_way_before_an_answer_is_truncated() {
     let ports: Vec<(String, u16)> = (0..7).map(|i| (format!("p{i}"), 8000 + i)).collect();
     let ports: Vec<(&str, u16)> = ports.iter().map(|(n, p)| (n.as_str(), *p)).collect();
     let cart = service("shop/cart", 5, ServiceKind::ClusterSetIp, &ports, &["us-east"]);
-    global.services.insert(cart.name.clone(), cart);
+    global.services.insert(cart.name.clone(), cart.into());
     let served = serve(Some(build(&sources(global))), &[]).await;
     let (answer, length) = udp(served.at, &query("cart.shop.svc.clusterset.local.", RecordType::SRV)).await;
     assert!(length <= 512 && !answer.metadata.truncation);

@@ -128,7 +128,7 @@ fn srv_at_the_service_name_lists_every_port_once() {
     let mut global = snapshot();
     let ports = [("http", 80), ("metrics", 9090), ("web", 80)];
     let cart = service("shop/cart", 5, ServiceKind::ClusterSetIp, &ports, &["us-east"]);
-    global.services.insert(cart.name.clone(), cart);
+    global.services.insert(cart.name.clone(), cart.into());
     let got = seen(&zone_of(global), "cart.shop.svc.clusterset.local.", RecordType::SRV);
     let target = "cart.shop.svc.clusterset.local.";
     assert_eq!(got, found(&[&format!("0 100 80 {target}"), &format!("0 100 9090 {target}")]));
@@ -159,7 +159,7 @@ fn headless_without_a_ready_endpoint_does_not_exist() {
 fn headless_that_this_cluster_does_not_export_does_not_exist() {
     let mut global = snapshot();
     let db = service("shop/db", 7, ServiceKind::Headless, &[("sql", 5432)], &["us-west"]);
-    global.services.insert(db.name.clone(), db);
+    global.services.insert(db.name.clone(), db.into());
     let got = seen(&zone_of(global), "db.shop.svc.clusterset.local.", RecordType::A);
     assert_eq!(got, nothing(Outcome::NxDomain));
 }
@@ -253,7 +253,7 @@ fn any_gets_one_small_record() {
 fn an_index_beyond_the_range_gives_no_data_and_is_named() {
     let mut global = snapshot();
     let cart: ServiceName = "shop/cart".parse().unwrap();
-    global.services.get_mut(&cart).unwrap().index = VipIndex(70_000);
+    Arc::make_mut(global.services.get_mut(&cart).unwrap()).index = VipIndex(70_000);
     let zone = zone_of(global);
     assert_eq!(seen(&zone, "cart.shop.svc.clusterset.local.", RecordType::A), nothing(Outcome::NoData));
     assert_eq!(zone.unaddressed().collect::<Vec<_>>(), [&cart]);
@@ -315,7 +315,7 @@ fn failover_of_very_many_clusters_stays_within_bounds() {
     }
     let all: Vec<&str> = names.iter().map(String::as_str).collect();
     let big = service("shop/big", 9, ServiceKind::ClusterSetIp, &[("http", 80)], &all);
-    global.services.insert(big.name.clone(), big);
+    global.services.insert(big.name.clone(), big.into());
     let answer = ask(&zone_of(global), "_failover.big.shop.svc.clusterset.local.", RecordType::TXT);
     let RData::TXT(text) = &answer.records[0].data else { panic!("{answer:?}") };
     assert_eq!(text.txt_data.len(), 65);

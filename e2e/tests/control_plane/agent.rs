@@ -257,6 +257,7 @@ impl Agent {
                     }
                     self.take(next);
                 }
+                Some(control_message::Kind::Piece(_)) => bail!("these states are too small for pieces"),
                 Some(control_message::Kind::Nodes(_) | control_message::Kind::Conditions(_)) | None => {}
             }
         }
@@ -300,7 +301,7 @@ impl Agent {
 /// What `state` shows of the exports of `cluster`.
 pub(crate) fn exports_of(cluster: &str, state: &GlobalSnapshot) -> anyhow::Result<BTreeSet<String>> {
     ensure!(state.clusters.keys().any(|name| name.as_str() == cluster), "{cluster} is no member");
-    let exported = |service: &&isthmus_model::global::GlobalService| {
+    let exported = |service: &&Arc<isthmus_model::global::GlobalService>| {
         service.exporters.keys().any(|exporter| exporter.as_str() == cluster)
     };
     Ok(state.services.values().filter(exported).map(|service| service.name.to_string()).collect())

@@ -324,7 +324,7 @@ impl Facts {
             federation_bundle: no_bundle(FEDERATION),
             settings: Settings::default(),
             clusters: self.clusters.iter().enumerate().map(cluster).collect(),
-            services: [(service(), orders)].into(),
+            services: [(service(), orders.into())].into(),
         };
         let endpoint = |at: &SocketAddr| Endpoint {
             ip: at.ip(),

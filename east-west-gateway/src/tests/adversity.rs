@@ -103,9 +103,9 @@ fn many(mut global: GlobalSnapshot) -> GlobalSnapshot {
     let one = global.services.remove(&service_name()).unwrap();
     global.services = (0..MANY)
         .map(|i| {
-            let mut service = one.clone();
+            let mut service = one.as_ref().clone();
             (service.name, service.index) = (numbered(i), VipIndex(u32::try_from(i + 1).unwrap()));
-            (numbered(i), service)
+            (numbered(i), service.into())
         })
         .collect();
     global

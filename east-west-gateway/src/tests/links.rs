@@ -639,8 +639,8 @@ async fn two_gateways_that_have_much_to_say_hear_each_other(over: LinkTransport)
     let first = global.services.values().next().unwrap().clone();
     for n in 2..5_000 {
         let name: ServiceName = format!("shop/service-with-a-long-name-{n}").parse().unwrap();
-        let service = GlobalService { name: name.clone(), index: VipIndex(n), ..first.clone() };
-        global.services.insert(name, service);
+        let service = GlobalService { name: name.clone(), index: VipIndex(n), ..first.as_ref().clone() };
+        global.services.insert(name, service.into());
     }
     for (gateway, endpoint) in gateways.iter().zip([east, west]) {
         gateway.set_endpoints_of_all(&global, &[endpoint]);

@@ -81,8 +81,9 @@ impl Stage {
         let members: [(&str, &[SocketAddr]); 3] =
             [("east", &[]), ("north", &north.addresses), ("west", &west.addresses)];
         let mut global = introduce(&gateways, &members);
-        let cart = GlobalService { name: cart(), index: VipIndex(2), ..global.services[&service_name()].clone() };
-        global.services.insert(cart.name.clone(), cart);
+        let cart =
+            GlobalService { name: cart(), index: VipIndex(2), ..global.services[&service_name()].as_ref().clone() };
+        global.services.insert(cart.name.clone(), cart.into());
         for (gateway, (_, endpoints)) in gateways.iter().zip(members) {
             gateway.set_endpoints(endpoints);
             gateway.set_global(&global);

@@ -223,7 +223,7 @@ pub(super) async fn snapshot(State(admin): State<Admin>, consistency: Consistenc
     Ok(Json(admin.global(consistency).await?))
 }
 
-pub(super) async fn services(State(admin): State<Admin>, consistency: Consistency) -> Answer<Vec<GlobalService>> {
+pub(super) async fn services(State(admin): State<Admin>, consistency: Consistency) -> Answer<Vec<Arc<GlobalService>>> {
     Ok(Json(admin.global(consistency).await?.services.values().cloned().collect()))
 }
 

@@ -6,6 +6,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures_util::{
     FutureExt, StreamExt,
     future::BoxFuture,
@@ -14,8 +15,8 @@ use futures_util::{
 use isthmus_api::{
     convert::{self, ConvertError, Problem},
     proto::federation::v1::{
-        self as wire, AgentMessage, ControlMessage, Hello, Nodes, Publish, Published, Refused, agent_message,
-        control_message,
+        self as wire, AgentMessage, ControlMessage, Hello, Nodes, Piece, PieceOf, Publish, Published, Refused,
+        agent_message, control_message,
     },
 };
 use isthmus_model::{
@@ -50,6 +51,8 @@ const HELLO_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How long a publication of a cluster that publishes too often may wait.
 const LONGEST_TURN: Duration = Duration::from_secs(5);
+/// Of a longer update so much at a time: what one connection has in its buffers is copied there, for each agent.
+const PIECE: usize = 32 << 10;
 /// Between two updates of an agent: much longer than a lone one takes, much shorter than anybody waits for one. While changes
 /// come one after the other, what a thousand agents are sent is gathered meanwhile.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -114,6 +117,8 @@ struct Session {
     shutdown: Shutdown,
     /// What the agent holds once it has received all that was sent.
     held: Option<Held>,
+    /// The rest of an update that goes out in pieces.
+    rest: Option<(PieceOf, Bytes)>,
     /// No update goes out before.
     rested: Instant,
     /// Where the agent knows that nodes are.
@@ -162,6 +167,7 @@ impl Session {
             inbound,
             shutdown,
             held,
+            rest: None,
             rested: Instant::now(),
             nodes: Vec::new(),
             conditions: Vec::new(),
@@ -175,10 +181,13 @@ impl Session {
     async fn next(&mut self) -> Result<Option<ControlMessage>, Status> {
         loop {
             self.check_membership()?;
+            if let Some(piece) = self.piece() {
+                return Ok(Some(piece));
+            }
             let rested = Instant::now() >= self.rested;
             if rested && let Some(update) = self.update()? {
                 self.rested = Instant::now() + pause(update.encoded_len());
-                return Ok(Some(update));
+                return Ok(Some(self.cut(update)));
             }
             if let Some(nodes) = self.moved() {
                 return Ok(Some(nodes));
@@ -266,6 +275,28 @@ impl Session {
         view.remember();
         self.held = Some(Held { stamp, content: Content::Known });
         Ok(Some(ControlMessage { kind: Some(kind) }))
+    }
+
+    /// The update, or, if it is long, its first piece.
+    fn cut(&mut self, update: ControlMessage) -> ControlMessage {
+        self.rest = match &update.kind {
+            Some(control_message::Kind::Snapshot(bytes)) => Some((PieceOf::Snapshot, bytes.clone())),
+            Some(control_message::Kind::Delta(bytes)) => Some((PieceOf::Delta, bytes.clone())),
+            _ => None,
+        };
+        self.rest = self.rest.take().filter(|(_, bytes)| bytes.len() > PIECE);
+        self.piece().unwrap_or(update)
+    }
+
+    fn piece(&mut self) -> Option<ControlMessage> {
+        let (of, mut bytes) = self.rest.take()?;
+        let piece = bytes.split_to(bytes.len().min(PIECE));
+        let last = bytes.is_empty();
+        if !last {
+            self.rest = Some((of, bytes));
+        }
+        let piece = Piece { bytes: piece, of: of.into(), last };
+        Some(ControlMessage { kind: Some(control_message::Kind::Piece(piece)) })
     }
 
     /// Where the control plane's nodes are, if the agent does not know it.

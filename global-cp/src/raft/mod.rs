@@ -6,6 +6,8 @@
 //! any node: what only the leader can do is asked of it.
 
 mod agreement;
+#[cfg(test)]
+mod formats;
 mod inbound;
 mod journal;
 mod log;

@@ -178,10 +178,14 @@ async fn start_on(store: Store, snapshot_after: u64) -> Group {
 }
 
 async fn start(dir: &Path, snapshot_after: u64) -> Group {
+    start_with(dir, snapshot_after, SEGMENT).await
+}
+
+pub(super) async fn start_with(dir: &Path, snapshot_after: u64, segment: u64) -> Group {
     // Tasks of a group that was dropped may hold the folder a little longer; those of a process end with it.
     let open = async {
         loop {
-            match Store::open(dir, SEGMENT) {
+            match Store::open(dir, segment) {
                 Err(StoreError::InUse { .. }) => tokio::task::yield_now().await,
                 opened => return opened.unwrap(),
             }

@@ -265,6 +265,7 @@ fn propose(state: &mut State, nth: u64, command: Command) {
 /// But for their numbers, which tell who was first.
 fn services(state: &State) -> Vec<GlobalService> {
     let Some(global) = state.global() else { return Vec::new() };
-    let without = |service: &GlobalService| GlobalService { index: Default::default(), ..service.clone() };
+    let without =
+        |service: &Arc<GlobalService>| GlobalService { index: Default::default(), ..service.as_ref().clone() };
     global.services.values().map(without).collect()
 }

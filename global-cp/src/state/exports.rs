@@ -253,7 +253,7 @@ impl State {
         &mut self,
         cluster: &ClusterName,
         touched: &BTreeSet<ServiceName>,
-    ) -> Vec<(ServiceName, Option<GlobalService>)> {
+    ) -> Vec<(ServiceName, Option<Arc<GlobalService>>)> {
         let Some(global) = self.global.clone() else { return Vec::new() };
         let exported = |state: &Self, name: &ServiceName| !state.exporters(&global, cluster, name).is_empty();
         let appearing: BTreeSet<ServiceName> = touched
@@ -266,7 +266,8 @@ impl State {
         for name in touched {
             let held = global.services.get(name).map(|service| service.index);
             let index = held.or_else(|| fresh.get(name).copied());
-            let service = index.and_then(|index| merge(name, index, &self.exporters(&global, cluster, name)));
+            let service =
+                index.and_then(|index| merge(name, index, &self.exporters(&global, cluster, name)).map(Arc::new));
             merged.push((name.clone(), service));
         }
         for (name, service) in &merged {
@@ -321,7 +322,7 @@ impl State {
     pub(super) fn replace_visible(
         &mut self,
         info: ClusterInfo,
-        services: Vec<(ServiceName, Option<GlobalService>)>,
+        services: Vec<(ServiceName, Option<Arc<GlobalService>>)>,
     ) -> Change {
         let mut change = Change::default();
         let Some(global) = &mut self.global else { return change };

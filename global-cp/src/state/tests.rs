@@ -125,7 +125,7 @@ fn exporting(namespaces: &[&str]) -> ClusterGrant {
 }
 
 /// The merge of all that members say, made anew.
-fn merged_anew(state: &State) -> BTreeMap<ServiceName, GlobalService> {
+fn merged_anew(state: &State) -> BTreeMap<ServiceName, Arc<GlobalService>> {
     let mut all: BTreeMap<&ServiceName, BTreeMap<&ClusterName, &Export>> = BTreeMap::new();
     for (cluster, member) in &state.members {
         let info = &global(state).clusters[cluster];
@@ -134,7 +134,7 @@ fn merged_anew(state: &State) -> BTreeMap<ServiceName, GlobalService> {
         }
     }
     let index = |name: &ServiceName| global(state).services.get(name).map_or(VipIndex(0), |service| service.index);
-    all.into_iter().map(|(name, exports)| (name.clone(), merge(name, index(name), &exports).unwrap())).collect()
+    all.into_iter().map(|(name, exports)| (name.clone(), merge(name, index(name), &exports).unwrap().into())).collect()
 }
 
 /// What a member holds that got it from this node.
@@ -476,7 +476,7 @@ proptest! {
             for of in order {
                 accept(&mut state, command(&Step::Publish { of, exports: exports[of].clone() }));
             }
-            let unnumbered = |s: &GlobalService| GlobalService { index: VipIndex(0), ..s.clone() };
+            let unnumbered = |s: &Arc<GlobalService>| GlobalService { index: VipIndex(0), ..s.as_ref().clone() };
             global(&state).services.values().map(unnumbered).collect::<Vec<_>>()
         };
         prop_assert_eq!(merged([0, 1, 2]), merged(order));

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use isthmus_api::convert::snapshot_digest;
+use isthmus_api::convert::DigestSum;
 use isthmus_model::{
     global::{GlobalDelta, GlobalSnapshot},
     ids::{ClusterName, Revision, ServiceName, Stamp},
@@ -22,6 +22,7 @@ const WINDOW: usize = 1024;
 pub struct View {
     state: Arc<State>,
     history: History,
+    sum: LazySum,
 }
 
 /// What to send to a member that holds some state.
@@ -101,11 +102,14 @@ struct Step {
 /// A state's digest, made when it is first asked for: while the state is the latest, or never.
 type LazyDigest = Arc<OnceLock<Digest>>;
 
+/// The part of the latest state's digest that grows with the federation.
+type LazySum = Arc<OnceLock<DigestSum>>;
+
 impl View {
     /// Starts with no past.
     pub fn new(state: Arc<State>) -> Self {
         let history = History::new(state.stamp());
-        Self { state, history }
+        Self { state, history, sum: LazySum::default() }
     }
 
     /// The whole replicated state.
@@ -120,6 +124,8 @@ impl View {
 
     /// Moves on to `state`, which `changes` led to, one for each revision.
     pub(crate) fn advance(&mut self, state: Arc<State>, changes: impl IntoIterator<Item = Change>) {
+        let changes: Vec<Change> = changes.into_iter().collect();
+        self.sum = self.sum_after(&state, &changes);
         for change in changes {
             self.history.steps.push_back(Step { change: Arc::new(change), digest: LazyDigest::default() });
             if self.history.steps.len() > WINDOW
@@ -162,9 +168,26 @@ impl View {
         }
     }
 
+    /// Of the state that `changes` led to, if that of the present one is known: of what they touched alone.
+    fn sum_after(&self, after: &State, changes: &[Change]) -> LazySum {
+        let known = self.sum.get().filter(|_| changes.iter().all(|change| !change.epoch));
+        let (Some(sum), Some(before), Some(after)) = (known, self.state.global(), after.global()) else {
+            return LazySum::default();
+        };
+        let mut sum = *sum;
+        let clusters: BTreeSet<&ClusterName> = changes.iter().flat_map(|change| &change.clusters).collect();
+        let services: BTreeSet<&ServiceName> = changes.iter().flat_map(|change| &change.services).collect();
+        clusters.into_iter().for_each(|name| sum.cluster(before.clusters.get(name), after.clusters.get(name)));
+        for name in services {
+            let [before, after] = [before, after].map(|global| global.services.get(name).map(AsRef::as_ref));
+            sum.service(before, after);
+        }
+        Arc::new(OnceLock::from(sum))
+    }
+
     fn digest(&self, global: &GlobalSnapshot) -> Digest {
         let latest = self.history.steps.back().map_or(&self.history.base_digest, |step| &step.digest);
-        *latest.get_or_init(|| snapshot_digest(global))
+        *latest.get_or_init(|| self.sum.get_or_init(|| DigestSum::of(global)).digest(global))
     }
 }
 

@@ -69,6 +69,8 @@ pub(crate) struct Agent {
 pub(crate) struct Session {
     pub(crate) up: mpsc::Sender<AgentMessage>,
     pub(crate) down: Streaming<ControlMessage>,
+    /// So many have come.
+    pub(crate) pieces: usize,
 }
 
 pub(crate) fn config(state_dir: &Path) -> Config {
@@ -282,19 +284,33 @@ impl Session {
         let (up, messages) = mpsc::channel(8);
         up.send(AgentMessage { kind: Some(agent_message::Kind::Hello(hello)) }).await.unwrap();
         let down = client.session(ReceiverStream::new(messages)).await?.into_inner();
-        Ok(Self { up, down })
+        Ok(Self { up, down, pieces: 0 })
     }
 
     pub(crate) async fn send(&self, message: AgentMessage) {
         self.up.send(message).await.unwrap();
     }
 
+    /// Pieces of one state are put together.
     pub(crate) async fn next(&mut self) -> Result<control_message::Kind, Status> {
+        let mut whole = Vec::new();
         loop {
             let message = timeout(DEADLINE, self.down.message()).await.expect("a message in time")?;
             match message.expect("the session goes on").kind.unwrap() {
-                control_message::Kind::Nodes(_) => {}
-                kind => return Ok(kind),
+                control_message::Kind::Nodes(_) => assert!(whole.is_empty(), "something came between pieces"),
+                control_message::Kind::Piece(piece) => {
+                    self.pieces += 1;
+                    whole.extend_from_slice(&piece.bytes);
+                    let whole = bytes::Bytes::from(if piece.last { std::mem::take(&mut whole) } else { continue });
+                    return Ok(match piece.of() {
+                        pb::PieceOf::Snapshot => control_message::Kind::Snapshot(whole),
+                        _ => control_message::Kind::Delta(whole),
+                    });
+                }
+                kind => {
+                    assert!(whole.is_empty(), "something came between pieces");
+                    return Ok(kind);
+                }
             }
         }
     }

@@ -82,7 +82,7 @@ fn federation((clusters, ports, exporters, allowed, grants): &World) -> GlobalSn
             ..Settings::default()
         },
         clusters: clusters.iter().enumerate().map(info).map(|c| (c.name.clone(), c)).collect(),
-        services: BTreeMap::from([(cart(), service)]),
+        services: BTreeMap::from([(cart(), service.into())]),
     }
 }
 

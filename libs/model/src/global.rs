@@ -1,6 +1,9 @@
 //! The federation as every member sees it: clusters and global services, at one revision.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -167,8 +170,8 @@ pub struct GlobalSnapshot {
     pub settings: Settings,
     /// Members and revoked clusters.
     pub clusters: BTreeMap<ClusterName, ClusterInfo>,
-    /// By name.
-    pub services: BTreeMap<ServiceName, GlobalService>,
+    /// By name. Shared: a state is copied for each change of it.
+    pub services: BTreeMap<ServiceName, Arc<GlobalService>>,
 }
 
 /// A change from one stamp to a later one.
@@ -187,7 +190,7 @@ pub struct GlobalDelta {
     /// Gone.
     pub removed_clusters: Vec<ClusterName>,
     /// New or changed.
-    pub services: Vec<GlobalService>,
+    pub services: Vec<Arc<GlobalService>>,
     /// Gone.
     pub removed_services: Vec<ServiceName>,
 }
@@ -295,7 +298,9 @@ impl GlobalSnapshot {
 
     fn withdraw(&mut self, cluster: &ClusterName) {
         self.services.retain(|_, service| {
-            if service.exporters.remove(cluster).is_some() {
+            if service.exporters.contains_key(cluster) {
+                let service = Arc::make_mut(service);
+                service.exporters.remove(cluster);
                 service.ports.retain_mut(|port| !port.clusters.remove(cluster) || !port.clusters.is_empty());
             }
             !service.exporters.is_empty()

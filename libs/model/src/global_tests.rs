@@ -56,7 +56,7 @@ fn snapshot(revision: u64, clusters: &BTreeMap<u16, u8>, services: &BTreeMap<u32
         federation_bundle: bundle("isthmus.example", 1),
         settings: Settings::default(),
         clusters: clusters.map(|c| (c.name.clone(), c)).collect(),
-        services: services.map(|s| (s.name.clone(), s)).collect(),
+        services: services.map(|s| (s.name.clone(), s.into())).collect(),
     }
 }
 
@@ -122,7 +122,7 @@ fn a_snapshot_whose_parts_do_not_fit_is_refused() {
     assert_eq!(bad.check(), Err(InconsistentError::ClusterIndexTwice(ClusterIndex(1))));
 
     let mut bad = good.clone();
-    bad.services.get_mut(&services[1]).unwrap().index = VipIndex(1);
+    Arc::make_mut(bad.services.get_mut(&services[1]).unwrap()).index = VipIndex(1);
     assert_eq!(bad.check(), Err(InconsistentError::ServiceIndexTwice(VipIndex(1))));
 
     for stolen in ["c1.example", "isthmus.example"] {
@@ -136,7 +136,8 @@ fn a_snapshot_whose_parts_do_not_fit_is_refused() {
     assert!(matches!(bad.check(), Err(InconsistentError::UnknownExporter(..))));
 
     let mut bad = good.clone();
-    let exporter = bad.services.get_mut(&services[0]).unwrap().exporters.get_mut(&names[0]).unwrap();
+    let service = Arc::make_mut(bad.services.get_mut(&services[0]).unwrap());
+    let exporter = service.exporters.get_mut(&names[0]).unwrap();
     exporter.identities = ["spiffe://c2.example/ns/shop/sa/s".parse().unwrap()].into();
     assert!(matches!(bad.check(), Err(InconsistentError::ForeignIdentity(..))));
 

@@ -4,7 +4,7 @@
 //! Given with its join token, or later. The control plane's state enforces it when exports are merged; every agent and
 //! gateway enforces it again on what it is told ([`crate::access`], [`GlobalSnapshot::keep_to_grants`]).
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -145,6 +145,7 @@ impl GlobalSnapshot {
             if service.exporters.keys().all(keeps) {
                 return true;
             }
+            let service = Arc::make_mut(service);
             service.exporters.retain(|cluster, _| keeps(cluster));
             service.ports.retain_mut(|port| {
                 port.clusters.retain(keeps);

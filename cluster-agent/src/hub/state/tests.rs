@@ -97,7 +97,7 @@ fn global() -> Arc<GlobalSnapshot> {
         },
         settings: Settings::default(),
         clusters: (1..).zip(["us-east", "us-west"]).map(cluster).collect(),
-        services: BTreeMap::from([(cart(), service)]),
+        services: BTreeMap::from([(cart(), service.into())]),
     })
 }
 
@@ -174,7 +174,7 @@ fn renamed() -> Arc<GlobalSnapshot> {
     };
     let mut global = (*global()).clone();
     global.stamp.revision = Revision(2);
-    global.services.get_mut(&cart()).unwrap().ports =
+    Arc::make_mut(global.services.get_mut(&cart()).unwrap()).ports =
         vec![port("web", 80, &["us-east", "us-west"]), port("metrics", 9090, &["us-west"])];
     Arc::new(global)
 }
@@ -188,7 +188,7 @@ fn endpoints_are_found_by_the_global_ports_name_and_by_the_own_one_while_not_exp
     let mut state = state();
     serve(&mut state);
     let mut without_us = (*renamed()).clone();
-    without_us.services.get_mut(&cart()).unwrap().exporters.remove(&own().cluster);
+    Arc::make_mut(without_us.services.get_mut(&cart()).unwrap()).exporters.remove(&own().cluster);
     for (global, expected) in [(without_us.into(), "http"), (renamed(), "web")] {
         state.apply(Event::Global(global), NOW).unwrap();
         assert_eq!(ports(&state.view().endpoints), [(expected, 15080)]);
@@ -203,7 +203,7 @@ fn endpoints_are_found_by_the_global_ports_name_and_by_the_own_one_while_not_exp
 fn an_own_port_never_stands_for_another_clusters_port_of_its_name() {
     let mut state = state();
     let mut global = (*renamed()).clone();
-    let ports_of = &mut global.services.get_mut(&cart()).unwrap().ports;
+    let ports_of = &mut Arc::make_mut(global.services.get_mut(&cart()).unwrap()).ports;
     ports_of.remove(0);
     ports_of[0].port.name = "http".parse::<PortName>().unwrap();
     state.apply(Event::Global(Arc::new(global)), NOW).unwrap();

@@ -257,7 +257,7 @@ fn exports_outside_grants_are_not_taken_over() {
             exporters,
             conflicts: Vec::new(),
         };
-        (name, service)
+        (name, service.into())
     };
     raw.services =
         [export("shop/a", &["us-east", "us-west"]), export("pay/bb", &["us-west"]), export("ops/ccc", &["us-west"])]

@@ -145,12 +145,12 @@ fn state() -> GlobalSnapshot {
     let called = global.services[&service_name()].clone();
     // The east only calls.
     for service in global.services.values_mut() {
-        service.exporters.remove(&cluster("east"));
+        std::sync::Arc::make_mut(service).exporters.remove(&cluster("east"));
     }
     for i in 0..OTHERS {
-        let mut service = called.clone();
+        let mut service = called.as_ref().clone();
         service.name = other(i);
-        global.services.insert(other(i), service);
+        global.services.insert(other(i), service.into());
     }
     global
 }

@@ -3,7 +3,7 @@
 //! A snapshot is also checked as a whole ([`GlobalSnapshot::check`]). A delta cannot be: who applies one checks the
 //! result.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, sync::Arc};
 
 use isthmus_model::{
     global::{
@@ -33,11 +33,15 @@ impl TryFrom<pb::GlobalSnapshot> for GlobalSnapshot {
             federation_bundle: required("federation_bundle", p.federation_bundle)?,
             settings: optional("settings", p.settings)?.unwrap_or_default(),
             clusters: unique("clusters", limits::CLUSTERS, p.clusters, ClusterInfo::try_from, |c| c.name.clone())?,
-            services: unique("services", limits::SERVICES, p.services, GlobalService::try_from, |s| s.name.clone())?,
+            services: unique("services", limits::SERVICES, p.services, shared_service, |s| s.name.clone())?,
         };
         snapshot.check().map_err(|e| ConvertError::new("", e.to_string()))?;
         Ok(snapshot)
     }
+}
+
+fn shared_service(p: pb::GlobalService) -> Result<Arc<GlobalService>> {
+    GlobalService::try_from(p).map(Arc::new)
 }
 
 impl From<&GlobalSnapshot> for pb::GlobalSnapshot {
@@ -48,21 +52,85 @@ impl From<&GlobalSnapshot> for pb::GlobalSnapshot {
             federation_bundle: Some((&s.federation_bundle).into()),
             settings: Some((&s.settings).into()),
             clusters: s.clusters.values().map(Into::into).collect(),
-            services: s.services.values().map(Into::into).collect(),
+            services: s.services.values().map(|service| service.as_ref().into()).collect(),
         }
     }
 }
 
-/// SHA-256 of a state's wire form: equal for two who hold the same state, whichever way it came to them. It tells
+/// A digest of a state's wire form: equal for two who hold the same state, whichever way it came to them. It tells
 /// histories apart, not forgers: whoever sends one is believed to hold what it names.
 pub fn snapshot_digest(snapshot: &GlobalSnapshot) -> [u8; 32] {
-    let mut wire = pb::GlobalSnapshot::from(snapshot);
-    // What a receiver cuts short.
-    for conflict in wire.services.iter_mut().flat_map(|service| &mut service.conflicts) {
-        conflict.reason = text(std::mem::take(&mut conflict.reason));
-        conflict.message = text(std::mem::take(&mut conflict.message));
+    DigestSum::of(snapshot).digest(snapshot)
+}
+
+/// What clusters and services add to a state's digest: the sum of their own, so that whoever knows what changed need not
+/// look at all the rest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DigestSum([u64; 4]);
+
+impl DigestSum {
+    /// Of all of `snapshot`'s.
+    pub fn of(snapshot: &GlobalSnapshot) -> Self {
+        let mut sum = Self::default();
+        snapshot.clusters.values().for_each(|cluster| sum.cluster(None, Some(cluster)));
+        snapshot.services.values().for_each(|service| sum.service(None, Some(service)));
+        sum
     }
-    Sha256::digest(wire.encode_to_vec()).into()
+
+    /// A cluster was `before` and is `after`.
+    pub fn cluster(&mut self, before: Option<&ClusterInfo>, after: Option<&ClusterInfo>) {
+        let item = |cluster: &ClusterInfo| item(1, pb::ClusterInfo::from(cluster).encode_to_vec());
+        self.replace(before.map(item), after.map(item));
+    }
+
+    /// A service was `before` and is `after`.
+    pub fn service(&mut self, before: Option<&GlobalService>, after: Option<&GlobalService>) {
+        let item = |service: &GlobalService| {
+            let mut wire = pb::GlobalService::from(service);
+            // What a receiver cuts short.
+            for conflict in &mut wire.conflicts {
+                conflict.reason = text(std::mem::take(&mut conflict.reason));
+                conflict.message = text(std::mem::take(&mut conflict.message));
+            }
+            item(2, wire.encode_to_vec())
+        };
+        self.replace(before.map(item), after.map(item));
+    }
+
+    /// The digest of `snapshot`, whose clusters and services this is the sum of.
+    pub fn digest(self, snapshot: &GlobalSnapshot) -> [u8; 32] {
+        let head = pb::GlobalSnapshot {
+            stamp: Some(snapshot.stamp.into()),
+            federation: snapshot.federation.to_string(),
+            federation_bundle: Some((&snapshot.federation_bundle).into()),
+            settings: Some((&snapshot.settings).into()),
+            clusters: Vec::new(),
+            services: Vec::new(),
+        };
+        let mut hash = Sha256::new_with_prefix(head.encode_to_vec());
+        self.0.iter().for_each(|lane| hash.update(lane.to_be_bytes()));
+        hash.finalize().into()
+    }
+
+    fn replace(&mut self, before: Option<[u64; 4]>, after: Option<[u64; 4]>) {
+        for (lane, (before, after)) in self.0.iter_mut().zip(lanes(before).zip(lanes(after))) {
+            *lane = lane.wrapping_sub(before).wrapping_add(after);
+        }
+    }
+}
+
+fn lanes(item: Option<[u64; 4]>) -> impl Iterator<Item = u64> {
+    item.unwrap_or_default().into_iter()
+}
+
+/// The digest of one thing of a `kind`.
+fn item(kind: u8, wire: Vec<u8>) -> [u64; 4] {
+    let hash: [u8; 32] = Sha256::new_with_prefix([kind]).chain_update(wire).finalize().into();
+    let mut lanes = [0; 4];
+    for (lane, bytes) in lanes.iter_mut().zip(hash.as_chunks::<8>().0) {
+        *lane = u64::from_be_bytes(*bytes);
+    }
+    lanes
 }
 
 impl TryFrom<pb::GlobalDelta> for GlobalDelta {
@@ -70,7 +138,7 @@ impl TryFrom<pb::GlobalDelta> for GlobalDelta {
 
     fn try_from(p: pb::GlobalDelta) -> Result<Self> {
         let clusters = unique("clusters", limits::CLUSTERS, p.clusters, ClusterInfo::try_from, |c| c.name.clone())?;
-        let services = unique("services", limits::SERVICES, p.services, GlobalService::try_from, |s| s.name.clone())?;
+        let services = unique("services", limits::SERVICES, p.services, shared_service, |s| s.name.clone())?;
         let delta = Self {
             from: required("from", p.from)?,
             to: required("to", p.to)?,
@@ -97,7 +165,7 @@ impl From<&GlobalDelta> for pb::GlobalDelta {
             settings: d.settings.as_ref().map(Into::into),
             clusters: d.clusters.iter().map(Into::into).collect(),
             removed_clusters: d.removed_clusters.iter().map(ClusterName::to_string).collect(),
-            services: d.services.iter().map(Into::into).collect(),
+            services: d.services.iter().map(|service| service.as_ref().into()).collect(),
             removed_services: d.removed_services.iter().map(Into::into).collect(),
         }
     }

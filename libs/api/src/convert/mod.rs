@@ -12,7 +12,7 @@ mod grant;
 mod local;
 
 pub use federation::{ConsumerKind, ConsumerStatus, Problem, Status};
-pub use global::snapshot_digest;
+pub use global::{DigestSum, snapshot_digest};
 pub use local::{AvailabilityReport, own_availability};
 
 use std::{fmt, str::FromStr};

@@ -1,6 +1,6 @@
 //! Tests of the conversions: round trips, and that each kind of bad field is refused with its path.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use isthmus_model::{
     availability::{Availability, Report},
@@ -102,7 +102,7 @@ fn snapshot(said: &[Said], hold_down: u64, regions: Option<Vec<String>>) -> Glob
             },
         },
         clusters: publications.iter().map(info).map(|i| (i.name.clone(), i)).collect(),
-        services: service.into_iter().map(|s| (s.name.clone(), s)).collect(),
+        services: service.into_iter().map(|s| (s.name.clone(), s.into())).collect(),
     }
 }
 
@@ -134,7 +134,7 @@ proptest! {
     fn a_digest_is_the_same_on_both_ends_and_another_for_another_state(mut sent in any_snapshot()) {
         for service in sent.services.values_mut() {
             // A receiver cuts it short.
-            service.conflicts.push(Conflict { reason: "Long".to_owned(), message: "x".repeat(limits::TEXT_BYTES + 1) });
+            Arc::make_mut(service).conflicts.push(Conflict { reason: "Long".to_owned(), message: "x".repeat(limits::TEXT_BYTES + 1) });
         }
         let received = GlobalSnapshot::try_from(common::GlobalSnapshot::from(&sent)).unwrap();
         prop_assert_eq!(snapshot_digest(&received), snapshot_digest(&sent));
