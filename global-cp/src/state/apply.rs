@@ -10,7 +10,7 @@ use isthmus_model::{
 };
 
 use super::{
-    Change, Command, Outcome, Rejection, Response, State,
+    Change, Command, Outcome, Rejection, ResourceKey, Response, State,
     trust::{check_first_bundle, check_successor},
 };
 
@@ -93,6 +93,8 @@ impl State {
             return Ok(Change::default());
         }
         Arc::make_mut(global).settings = settings.clone();
+        // However they change, whoever saw them before has not seen this.
+        self.declare(&ResourceKey::Settings);
         Ok(Change { settings: true, ..Change::default() })
     }
 

@@ -15,7 +15,7 @@ use isthmus_model::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Change, Join, KeyHash, MAX_TOKENS, MintToken, Rejection, State,
+    Change, Join, KeyHash, MAX_TOKENS, MintToken, Rejection, ResourceKey, State,
     apply::{TOKEN_MEMORY_MS, within},
     exports::{Member, granted_gateways},
     require_active,
@@ -106,7 +106,7 @@ impl State {
         self.promised.remove(&join.cluster);
         let mut change = self.replace_visible(info, Vec::new());
         if let Some(grant) = grant {
-            self.declare_grant(&join.cluster);
+            self.declare(&ResourceKey::ClusterGrant(join.cluster.clone()));
             change.extend(self.set_grant(&join.cluster, &grant)?);
         }
         Ok(change)

@@ -189,7 +189,7 @@ impl State {
                 }
                 let mut change = self.put(resource)?;
                 change.declared = true;
-                self.versions.insert(key.to_string(), Revision(self.stamp().revision.0.saturating_add(1)));
+                self.declare(&key);
                 Ok(change)
             }
             Write::Delete { .. } if held.is_none() => Err(Rejection::UnknownResource { resource: key.to_string() }),
@@ -234,9 +234,8 @@ impl State {
         }
     }
 
-    /// A grant came with a join token, or was there before its cluster: from now on it is declared for a member.
-    pub(super) fn declare_grant(&mut self, cluster: &ClusterName) {
-        let key = ResourceKey::ClusterGrant(cluster.clone());
+    /// The resource is declared, by the revision that comes next.
+    pub(super) fn declare(&mut self, key: &ResourceKey) {
         self.versions.insert(key.to_string(), Revision(self.stamp().revision.0.saturating_add(1)));
     }
 

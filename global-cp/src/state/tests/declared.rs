@@ -130,3 +130,19 @@ fn a_draining_cluster_stays_a_member_until_it_is_told_otherwise() {
     accept(&mut state, Command::Revoke { cluster: cluster("us-east") });
     assert_eq!(refuse(&mut state, drain(true)).code(), "cluster_revoked");
 }
+
+#[test]
+fn settings_that_were_rolled_back_have_a_version_of_their_own() {
+    let mut state = joined();
+    let before = accept(&mut state, apply(vec![put(held_down(3), None)]));
+    let changed = accept(&mut state, apply(vec![put(held_down(4), None)]));
+    let back = accept(&mut state, Command::Rollback { to: before.stamp.revision });
+    assert_eq!(version(&state, &ResourceKey::Settings), Some(back.stamp.revision.0));
+    let stale = apply(vec![put(held_down(5), Some(changed.stamp.revision.0))]);
+    assert_eq!(refuse(&mut state, stale).code(), "version_conflict", "whoever saw them before has not seen this");
+
+    accept(&mut state, apply(vec![delete(ResourceKey::Settings)]));
+    assert_eq!(state.declared(&ResourceKey::Settings), None);
+    accept(&mut state, Command::Rollback { to: before.stamp.revision });
+    assert_eq!(state.declared(&ResourceKey::Settings).unwrap().0, held_down(3), "it can be deleted again");
+}
