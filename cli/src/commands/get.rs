@@ -1,6 +1,6 @@
 //! `isthmusctl get`: what the whole federation sees and what was declared, by kind.
 
-use std::{collections::BTreeMap, io::Write, time::Duration};
+use std::{collections::BTreeMap, io::Write};
 
 use anyhow::bail;
 use isthmus_model::{
@@ -20,31 +20,9 @@ use crate::{
     table::Table,
 };
 
-/// Between two looks of `--watch`.
-const INTERVAL: Duration = Duration::from_secs(1);
-
 pub(super) async fn run(client: &Client, args: GetArgs, out: &mut dyn Write) -> anyhow::Result<Verdict> {
-    let mut shown: Option<String> = None;
-    loop {
-        let text = match text(client, &args).await {
-            Ok(text) => text,
-            // Someone who watches wants to see it come back.
-            Err(error) if args.watch && shown.is_some() => format!("{error:#}\n"),
-            Err(error) => return Err(error),
-        };
-        if shown.as_ref() != Some(&text) {
-            if shown.is_some() && matches!(args.output, GetFormat::Table | GetFormat::Wide) {
-                writeln!(out)?;
-            }
-            write!(out, "{text}")?;
-            out.flush()?;
-            shown = Some(text);
-        }
-        if !args.watch {
-            return Ok(Verdict::Yes);
-        }
-        tokio::time::sleep(INTERVAL).await;
-    }
+    let is_table = matches!(args.output, GetFormat::Table | GetFormat::Wide);
+    super::shown(args.watch, is_table, async || text(client, &args).await, out).await
 }
 
 async fn text(client: &Client, args: &GetArgs) -> anyhow::Result<String> {

@@ -93,6 +93,39 @@ fn completion(shell: Shell, out: &mut dyn Write) -> anyhow::Result<Verdict> {
     Ok(Verdict::Yes)
 }
 
+/// Between two looks of `--watch`.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Prints `text` once, or again on every change of it, a blank line between tables.
+async fn shown(
+    watch: bool,
+    is_table: bool,
+    text: impl AsyncFn() -> anyhow::Result<String>,
+    out: &mut dyn Write,
+) -> anyhow::Result<Verdict> {
+    let mut before = None;
+    loop {
+        let text = match text().await {
+            Ok(text) => text,
+            // Someone who watches wants to see it come back.
+            Err(error) if watch && before.is_some() => format!("{error:#}\n"),
+            Err(error) => return Err(error),
+        };
+        if before.as_ref() != Some(&text) {
+            if before.is_some() && is_table {
+                writeln!(out)?;
+            }
+            write!(out, "{text}")?;
+            out.flush()?;
+            before = Some(text);
+        }
+        if !watch {
+            return Ok(Verdict::Yes);
+        }
+        tokio::time::sleep(INTERVAL).await;
+    }
+}
+
 fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))

@@ -1,10 +1,10 @@
 //! `isthmusctl status`: clusters, consumers, applied revisions, problems.
 
-use std::{io::Write, time::Duration};
+use std::io::Write;
 
 use serde_json::Value;
 
-use super::cluster::session;
+use super::{cluster::session, shown};
 use crate::{
     Verdict,
     args::{Format, StatusArgs},
@@ -14,30 +14,9 @@ use crate::{
     table::Table,
 };
 
-const INTERVAL: Duration = Duration::from_secs(1);
-
 pub(super) async fn run(client: &Client, args: StatusArgs, out: &mut dyn Write) -> anyhow::Result<Verdict> {
-    let mut shown = None;
-    loop {
-        let text = match client.get::<Value>("status").await.and_then(|raw| print(raw, args.format.output)) {
-            Ok(text) => text,
-            // Someone who watches wants to see it come back.
-            Err(error) if args.watch && shown.is_some() => format!("{error:#}\n"),
-            Err(error) => return Err(error),
-        };
-        if shown.as_ref() != Some(&text) {
-            if shown.is_some() && args.format.output == Format::Table {
-                writeln!(out)?;
-            }
-            write!(out, "{text}")?;
-            out.flush()?;
-            shown = Some(text);
-        }
-        if !args.watch {
-            return Ok(Verdict::Yes);
-        }
-        tokio::time::sleep(INTERVAL).await;
-    }
+    let text = async || client.get::<Value>("status").await.and_then(|raw| print(raw, args.format.output));
+    shown(args.watch, args.format.output == Format::Table, text, out).await
 }
 
 fn print(raw: Value, format: Format) -> anyhow::Result<String> {
